@@ -1,0 +1,42 @@
+"""`bkd`: the verbs, and what happens to an error on its way to the user."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from bkd.cli import evaluate, models, ship, train
+from bkd.cli.console import console, print_error
+from bkd.errors import BkdError
+
+app = typer.Typer(
+    name="bkd",
+    help="Take a Stable Diffusion model you trust and make a smaller, faster one that is yours.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for verb in (
+    models.doctor,
+    models.inspect,
+    models.prune,
+    train.train,
+    evaluate.sample,
+    evaluate.eval_,
+    ship.report,
+):
+    app.command(verb.__name__.rstrip("_"))(verb)
+
+
+def main() -> None:
+    """Run a command; a user's error is printed without a traceback and exits with 1, an interruption with 130."""
+    try:
+        app()
+    except BkdError as error:
+        print_error(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        sys.exit(130)

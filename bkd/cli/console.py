@@ -1,0 +1,108 @@
+"""Tables, bars and errors as the user sees them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bkd.train import StepReport
+
+console = Console(highlight=False, soft_wrap=True)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_error(text: str) -> None:
+    """To the error stream, red where the terminal can."""
+    _errors.print(f"error: {text}", markup=False, style="red")
+
+
+def prepare() -> None:
+    """Called first by every verb that loads models: a working environment, and only our own words on the screen."""
+    from bkd.environment import require_working_environment
+
+    require_working_environment()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The first column to the left, numbers to the right."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for index, name in enumerate(header):
+        made.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def million(number: int) -> str:
+    """`859.52 M` for 859520964."""
+    return f"{number / 1e6:,.2f} M"
+
+
+class ProgressView:
+    """One bar at a time: what is being done, how far it is, how long it will take."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: Any = None
+
+    def phase(self, text: str) -> None:
+        self.close()
+        console.print(text)
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        if self._task is None:
+            self._task = self._progress.add_task(text, total=total, completed=0)
+        self._progress.update(self._task, completed=done, total=total, description=text)
+
+    def step(self, report: StepReport) -> None:
+        terms = "  ".join(f"{name.removesuffix('_loss')} {value:.4f}" for name, value in report.parts.items())
+        self.update(report.step, report.max_steps, terms)
+
+    def resumed(self, step: int) -> None:
+        console.print(f"continuing after step {step}")
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+
+
+@contextmanager
+def progress_view() -> Iterator[ProgressView]:
+    """A bar with counts, elapsed and remaining time; plain lines where the output is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as progress:
+        view = ProgressView(progress) if console.is_terminal else PlainView(progress)
+        yield view
+        view.close()
+
+
+class PlainView(ProgressView):
+    """For logs: a line each twentieth of the way instead of a bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(progress)
+        self._shown = -1
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        part = done * 20 // max(1, total)
+        if part != self._shown:
+            self._shown = part
+            console.print(f"  {done}/{total}  {text}")
+
+    def close(self) -> None:
+        self._shown = -1

@@ -1,0 +1,78 @@
+"""`bkd train`: from a recipe to a student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from bkd.cli.console import console, prepare, progress_view
+
+if TYPE_CHECKING:
+    from bkd.recipe.schema import Recipe
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Packaged name such as shapes/sd-small, or a .yaml file.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value …, such as train.lr=1e-4.")] = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Run folder; default runs/RECIPE.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Start again where a run already is.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the resolved recipe and its size; write nothing.")] = False,
+) -> None:
+    """Distil a student as a recipe says; the same command again continues, or finds that it is done."""
+    from bkd.recipe.load import load_recipe
+
+    parsed = load_recipe(recipe, overrides or ())
+    folder = output or Path("runs") / Path(recipe).with_suffix("")
+    if dry_run:
+        _show(parsed)
+    elif _already_done(folder, parsed, overwrite):
+        console.print(f"already done: {folder / 'student'}")
+    else:
+        _train(folder, parsed, overwrite)
+
+
+def _show(recipe: Recipe) -> None:
+    prepare()
+    from bkd.cost import unet_cost
+    from bkd.models import unet_config
+    from bkd.recipe.load import dump_recipe
+    from bkd.run import check_inputs
+
+    teacher, plans, shards = check_inputs(recipe)
+    console.print(dump_recipe(recipe), markup=False)
+    steps = recipe.train.max_steps
+    console.print(
+        f"{len(shards)} shards; {steps} steps of {recipe.train.batch} images: {steps * recipe.train.batch:,} images"
+    )
+    for stage, plan in zip(recipe.stages, plans, strict=True):
+        before, after = unet_cost(unet_config(teacher)), unet_cost(unet_config(teacher), plan)
+        console.print(f"{stage.student.blocks}: {after.parameters:,} of {before.parameters:,} UNet parameters")
+
+
+def _already_done(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
+    """Answered without loading torch, for a finished run."""
+    from bkd.run_folder import RunFolder, open_run
+
+    finished = RunFolder(folder).facts_file.is_file() and RunFolder(folder).facts().get("status") == "done"
+    return finished and not overwrite and open_run(folder, recipe)[1] == "done"
+
+
+def _train(folder: Path, recipe: Recipe, overwrite: bool) -> None:
+    console.print("loading …")
+    prepare()
+    from bkd.run import Listener, check_inputs, run_recipe
+    from bkd.run_folder import open_run
+    from bkd.train import Interrupted
+
+    inputs = check_inputs(recipe)
+    run, _ = open_run(folder, recipe, overwrite=overwrite)
+    with progress_view() as view:
+        listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
+        try:
+            run_recipe(recipe, run, inputs, listener)
+        except Interrupted:
+            console.print("stopped after a checkpoint; run the same command to continue")
+            raise typer.Exit(130) from None
+    console.print(f"done: {run.student} is a stock diffusers pipeline folder")

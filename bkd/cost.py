@@ -1,0 +1,53 @@
+"""What a UNet costs: parameters and multiply-accumulates, counted exactly on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bkd.surgery.build import build_empty
+from bkd.surgery.plan import RemovalPlan
+
+ATTENTION_MATMULS = ("bmm", "baddbmm", "scaled_dot_product")
+"""Operators that only attention uses in a UNet; published BK-SDM figures leave them out."""
+
+
+@dataclass(frozen=True)
+class UNetCost:
+    """Cost of one UNet evaluation at batch 1.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-accumulates of one forward pass, attention matmuls included.
+        macs_without_attention: The same as published for BK-SDM: convolutions and linear layers only.
+    """
+
+    parameters: int
+    macs: int
+    macs_without_attention: int
+
+
+def unet_cost(config: Mapping[str, Any], plan: RemovalPlan | None = None, *, num_tokens: int = 77) -> UNetCost:
+    """Count a UNet, or what a plan makes of it, from its configuration alone.
+
+    Args:
+        config: A UNet2DConditionModel's configuration; evaluated at its own `sample_size`.
+        plan: Changes to count with.
+        num_tokens: Length of the prompt embedding.
+    """
+    unet = build_empty(dict(config), plan)
+    side = unet.config.sample_size
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        unet(
+            torch.empty(1, unet.config.in_channels, side, side),
+            torch.empty(1, dtype=torch.int64),
+            torch.empty(1, num_tokens, unet.config.cross_attention_dim),
+        )
+    flops = counter.get_flop_counts()["Global"]
+    attention = sum(n for operator, n in flops.items() if any(name in str(operator) for name in ATTENTION_MATMULS))
+    total = sum(flops.values())
+    return UNetCost(sum(p.numel() for p in unet.parameters()), total // 2, (total - attention) // 2)

@@ -1,0 +1,68 @@
+"""Do the installed packages fit together? Answered from package metadata, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+from bkd.errors import EnvironmentProblem
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "huggingface_hub",
+    "webdataset",
+    "open_clip_torch",
+    "torchmetrics",
+)
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def torchvision_problem() -> str | None:
+    """What is wrong between torch and torchvision, in a sentence, or None.
+
+    A torchvision built for another torch makes diffusers fail to import with an error about an unrelated model
+    ("BloomPreTrainedModel"), so it is better found here.
+    """
+    torch, torchvision = installed_version("torch"), installed_version("torchvision")
+    if torch is None or torchvision is None:
+        return None  # torch missing fails by itself; without torchvision prune and train work
+    wanted = next(
+        (
+            match[1]
+            for line in metadata.requires("torchvision") or []
+            if (match := re.match(r"torch\s*\(?==\s*([\w.+]+)", line))
+        ),
+        None,
+    )
+    base, _, build = torch.partition("+")
+    if wanted is not None and wanted.partition("+")[0] != base:
+        return f"torchvision {torchvision} was built for torch {wanted}, but torch {torch} is installed"
+    if build != torchvision.partition("+")[2]:
+        return f"torch {torch} and torchvision {torchvision} come from different indexes (CPU and CUDA builds mixed)"
+    return None
+
+
+def require_working_environment() -> None:
+    """Stop before a confusing import error.
+
+    Raises:
+        EnvironmentProblem: If torchvision does not match torch.
+    """
+    if problem := torchvision_problem():
+        raise EnvironmentProblem(
+            problem,
+            remedy="install both from one index in one command: pip install --force-reinstall torch torchvision",
+        )

@@ -1,0 +1,67 @@
+"""Which models an `eval` command means: a run stands for its teacher, its untrained student and its student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bkd.errors import ModelError
+from bkd.eval.pictures import with_unet
+from bkd.eval.run import Candidate
+from bkd.models import best_device, load_pipeline, locate, weights_digest
+from bkd.run_folder import RunFolder
+from bkd.surgery.build import build_student
+from bkd.surgery.plan import load_plan
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model to be loaded: where it lies, and whether to prune it again to see it before training."""
+
+    name: str
+    folder: Path
+    pruned_like: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        return weights_digest(self.folder)
+
+
+def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
+    """Resolve MODEL arguments; the teacher comes first and is the reference.
+
+    Raises:
+        ModelError: If a model does not exist, or a run's teacher is not the one that was named.
+    """
+    found: list[Named] = []
+    for model in models:
+        run = RunFolder(Path(model))
+        folder = locate(model)
+        label = Path(model).name or model
+        if not run.facts_file.is_file():
+            found.append(Named(label, folder))
+            continue
+        recipe = run.recipe()
+        original = locate(teacher or recipe.teacher.id, revision=None if teacher else recipe.teacher.revision)
+        if weights_digest(original) != run.facts()["teacher_digest"]:
+            raise ModelError(
+                "this run was distilled from another teacher", where=model, got=teacher or recipe.teacher.id
+            )
+        found += [
+            Named("teacher", original),
+            Named(f"{label} before training", original, pruned_like=folder),
+            Named(label, folder),
+        ]
+    if teacher is not None:
+        found.insert(0, Named("teacher", locate(teacher)))
+    first_of_each = {named.name: named for named in reversed(found)}
+    return [named for named in found if first_of_each[named.name] is named]
+
+
+def load_candidate(named: Named) -> Candidate:
+    """Load a model on this machine's best device, in float32."""
+    pipe = load_pipeline(named.folder, device=best_device())
+    if named.pruned_like is not None:
+        pipe = with_unet(pipe, build_student(pipe.unet, load_plan(named.pruned_like)))
+    return Candidate(named.name, pipe)

@@ -1,0 +1,55 @@
+"""Draw images with a stock pipeline so that the result depends on prompt and seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from bkd.data.images import to_pixels
+
+
+@torch.no_grad()
+def generate(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    seed: int = 0,
+    batch: int = 50,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """One image for each prompt.
+
+    Image i starts from noise of a generator of its own, seeded by (seed, i): two models draw from the same noise, and
+    the size of the batch changes nothing.
+
+    Args:
+        pipe: Any stock text-to-image pipeline of the Stable Diffusion family.
+        prompts: N texts.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Of classifier-free guidance; 1 for none.
+        seed: 0 or more.
+        batch: Images drawn at once.
+        progress: Called with (done, N).
+
+    Returns:
+        (N, 3, H, W), uint8, on the CPU.
+    """
+    images = []
+    for start in range(0, len(prompts), batch):
+        chunk = list(prompts[start : start + batch])
+        generators = [torch.Generator().manual_seed((seed << 32) + start + i) for i in range(len(chunk))]
+        decoded = pipe(
+            chunk,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            output_type="pt",
+        ).images
+        images.append(to_pixels(decoded.cpu() * 2 - 1))
+        progress(start + len(chunk), len(prompts))
+    return torch.cat(images)

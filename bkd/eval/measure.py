@@ -1,0 +1,59 @@
+"""measure: resolve models, find out whether they were measured before, and if not, measure them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bkd.eval.candidates import load_candidate, name_candidates
+from bkd.eval.run import Settings, evaluate
+from bkd.run_folder import RunFolder
+
+
+def measure(
+    models: Sequence[str],
+    teacher: str | None,
+    settings: Settings,
+    output: Path | None,
+    phase: Callable[[str], None],
+    progress: Callable[[int, int, str], None],
+) -> tuple[Path, dict[str, Any]]:
+    """Evaluate models on a suite, or return the report of an identical earlier evaluation.
+
+    Args:
+        models: MODEL arguments.
+        teacher: Reference, or None where runs name their own.
+        settings: See `Settings`.
+        output: Folder of the report; `<run>/eval` for a single run, `eval` otherwise.
+        phase: Told what begins.
+        progress: Called with (done, total, text).
+
+    Returns:
+        The folder and the report.
+    """
+    named = name_candidates(models, teacher)
+    folder = output or (RunFolder(Path(models[0])).eval if _is_run(models[0]) else Path("eval"))
+    digests = {candidate.name: candidate.digest for candidate in named}
+    known = folder / f"{settings.suite}.json"
+    if known.is_file():
+        report: dict[str, Any] = json.loads(known.read_text())
+        if report.get("digests") == digests and report["settings"] == json.loads(json.dumps(asdict(settings))):
+            phase("already measured")
+            return folder, report
+    phase(f"drawing {len(settings.captions())} prompts with {len(named)} models")
+    candidates = [load_candidate(candidate) for candidate in named]
+    report = evaluate(
+        candidates,
+        settings,
+        folder,
+        facts={"digests": digests},
+        progress=lambda name, done, total: progress(done, total, name),
+    )
+    return folder, report
+
+
+def _is_run(model: str) -> bool:
+    return RunFolder(Path(model)).facts_file.is_file()

@@ -1,0 +1,74 @@
+"""FeatureTap: read the outputs of named modules during a forward pass, without touching the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bkd.errors import ModelError, suggest
+
+
+class FeatureTap:
+    """Record what the named modules of a model return, for as long as the context lasts.
+
+    Attach it to the plain module, not to a DDP or FSDP wrapper of it: names then mean the same at any world size. A
+    block that returns a tuple (diffusers' down blocks) is read at its first element, the hidden states.
+
+        with FeatureTap(unet, ["down_blocks.0", "mid_block"]) as tap:
+            unet(...)
+            features = tap.take()
+
+    Args:
+        model: Any module.
+        names: Module paths, as in `model.named_modules()`.
+
+    Raises:
+        ModelError: If a name is not a module of the model; says which and names the nearest.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        modules = dict(model.named_modules())
+        for name in names:
+            if name not in modules:
+                raise ModelError(
+                    f"no module '{name}' to read features from{suggest(name, modules)}", where=type(model).__name__
+                )
+        self._names = tuple(names)
+        self._modules = [modules[name] for name in names]
+        self._handles: list[RemovableHandle] = []
+        self._features: dict[str, Tensor] = {}
+
+    def __enter__(self) -> FeatureTap:
+        for name, module in zip(self._names, self._modules, strict=True):
+            self._handles.append(module.register_forward_hook(self._recorder(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._features.clear()
+
+    def take(self) -> list[Tensor]:
+        """The recorded outputs, in the order of the names; the tap keeps nothing.
+
+        Raises:
+            ModelError: If a named module did not run since the last call.
+        """
+        silent = [name for name in self._names if name not in self._features]
+        if silent:
+            raise ModelError(f"modules did not run: {', '.join(silent)}", remedy="call the model before take()")
+        taken = [self._features[name] for name in self._names]
+        self._features = {}
+        return taken
+
+    def _recorder(self, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            self._features[name] = output[0] if isinstance(output, tuple) else output
+
+        return record

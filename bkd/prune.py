@@ -1,0 +1,59 @@
+"""prune: a teacher's folder and a preset in, a student's folder out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bkd.cost import UNetCost, unet_cost
+from bkd.models import load_unet, stored_dtype, unet_config, weights_digest
+from bkd.student_folder import require_free, write_student
+from bkd.surgery.build import build_student
+from bkd.surgery.plan import RemovalPlan
+from bkd.surgery.unet import plan_preset
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A planned removal and what it saves."""
+
+    plan: RemovalPlan
+    before: UNetCost
+    after: UNetCost
+
+
+def plan_pruning(teacher: Path, blocks: str) -> Pruning:
+    """What pruning would do, from the configuration alone.
+
+    Raises:
+        SurgeryError: If the preset is unknown or does not fit the teacher.
+    """
+    config = unet_config(teacher)
+    plan = plan_preset(config, blocks)
+    return Pruning(plan, unet_cost(config), unet_cost(config, plan))
+
+
+def prune(teacher: Path, name: str, blocks: str, output: Path, *, overwrite: bool = False) -> Pruning:
+    """Write the pruned student as a stock pipeline folder, in the dtype its teacher is stored in.
+
+    Args:
+        teacher: Pipeline folder.
+        name: How the user calls the teacher; written into the plan file.
+        blocks: A preset.
+        output: Folder to make.
+        overwrite: Replace what is there.
+
+    Raises:
+        BkdError: If the preset does not fit, the folder is in use, or the written student fails its reload check.
+    """
+    pruning = plan_pruning(teacher, blocks)
+    require_free(output, overwrite=overwrite)
+    student = build_student(load_unet(teacher, stored_dtype(teacher)), pruning.plan)
+    facts = {
+        "teacher": name,
+        "teacher_digest": weights_digest(teacher),
+        "cost_before": asdict(pruning.before),
+        "cost_after": asdict(pruning.after),
+    }
+    write_student(output, teacher=teacher, unet=student, plan=pruning.plan, facts=facts)
+    return pruning

@@ -1,0 +1,224 @@
+"""Find a recipe, parse it, apply overrides, validate: the one place where text becomes settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from bkd.errors import RecipeError, suggest
+from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe
+from bkd.surgery.unet import PRESETS
+
+REQUIRED = "???"
+"""A value that the recipe leaves to the command line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def recipes_folder() -> Path:
+    """The packaged recipes: inside an installed package, or beside it in a source tree."""
+    package = Path(__file__).parent.parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with bkd."""
+    root = recipes_folder()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file: a path, or the name of a packaged recipe such as `shapes/sd-small`.
+
+    Raises:
+        RecipeError: If there is neither; names the nearest and all packaged ones.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise RecipeError("no such recipe file", where=path)
+    packaged = recipes_folder() / f"{name}.yaml"
+    if packaged.is_file():
+        return packaged
+    known = packaged_recipes()
+    raise RecipeError(
+        f"unknown recipe '{name}'{suggest(name, known)}", allowed=", ".join(known) + ", or the path of a .yaml file"
+    )
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with `key=value` overrides.
+
+    Args:
+        name: A path or a packaged name.
+        overrides: Dotted keys, such as `train.lr=1e-4` or `stages.0.student.blocks=sd-tiny`.
+
+    Raises:
+        RecipeError: Listing every problem at once.
+    """
+    path = find_recipe(name)
+    try:
+        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError("not readable as YAML", where=f"recipe {path.name}", got=error) from error
+    if not isinstance(raw, dict):
+        raise RecipeError("should be a mapping of keys", where=f"recipe {path.name}", got=type(raw).__name__)
+    problems: list[str] = []
+    for override in overrides:
+        _apply(raw, override, problems)
+    return parse_recipe(raw, source=f"recipe {path.name}", problems=problems)
+
+
+def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str] = ()) -> Recipe:
+    """Validate a recipe's content.
+
+    Raises:
+        RecipeError: Listing `problems` and every further one.
+    """
+    found = list(problems)
+    recipe = None
+    try:
+        # Strict JSON: lists become tuples and whole numbers floats, but never a word a number.
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        found += [_explain(dict(problem)) for problem in error.errors()]
+    found += _required_problems(raw)
+    if recipe is not None:
+        found += _range_problems(recipe)
+    if found or recipe is None:
+        count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
+        raise RecipeError("\n".join([count, *(f"  {line}" for line in found)]), where=source)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML; loading it gives an equal recipe."""
+    return yaml.safe_dump(json.loads(TypeAdapter(Recipe).dump_json(recipe)), sort_keys=False)
+
+
+def result_keys(recipe: Recipe) -> dict[str, Any]:
+    """Flat `key: value` of everything that affects the trained weights."""
+    flat = _flatten(json.loads(TypeAdapter(Recipe).dump_json(recipe)))
+    return {key: value for key, value in flat.items() if not any(_inside(key, free) for free in FREE_KEYS)}
+
+
+def _inside(key: str, parent: str) -> bool:
+    return key == parent or key.startswith(parent + ".")
+
+
+def _flatten(value: object, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list):
+        pairs = {str(i): item for i, item in enumerate(value)}.items()
+    else:
+        return {prefix: value}
+    return {k: v for name, item in pairs for k, v in _flatten(item, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _apply(raw: dict[str, Any], override: str, problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(f"{override}: an override is key=value, such as train.lr=1e-4")
+        return
+    *parents, last = key.split(".")
+    node: Any = raw
+    for name in parents:
+        if isinstance(node, dict):
+            node = node.setdefault(name, {})
+        elif isinstance(node, list) and name.isdigit() and int(name) < len(node):
+            node = node[int(name)]
+        else:
+            problems.append(f"{key}: there is no '{name}' to set a value in")
+            return
+    value = yaml.load(text, Loader=_Loader)
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        problems.append(f"{key}: there is no such item")
+
+
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dataclass_type": "a mapping of keys",
+}
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key, kind, got = ".".join(location), problem["type"], problem["input"]
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys_at(location[:-1])
+        near = suggest(location[-1], known)
+        near = near.replace("mean '", "mean '" + ".".join([*location[:-1], ""])) if near else ""
+        return f"{key}: unknown key{near or '; known here: ' + ', '.join(known)} (got {got!r})"
+    if kind == "literal_error":
+        allowed = problem["ctx"]["expected"]
+        return f"{key}: should be {allowed} (got {got!r})"
+    return f"{key}: should be {EXPECTED.get(kind, problem['msg'])} (got {got!r})"
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    """Names of the keys allowed inside a key."""
+    here: Any = Recipe
+    for part in location:
+        if part.isdigit():
+            continue
+        hints = typing.get_type_hints(here)
+        here = hints.get(part, here)
+        if typing.get_origin(here) is tuple:
+            here = typing.get_args(here)[0]
+    return [f.name for f in dataclasses.fields(here)] if dataclasses.is_dataclass(here) else []
+
+
+def _required_problems(raw: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: this recipe needs a value; add {key}=… to the command"
+        for key, value in _flatten(raw).items()
+        if value == REQUIRED
+    ]
+
+
+def _range_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    flat = _flatten(json.loads(TypeAdapter(Recipe).dump_json(recipe)))
+    for key, (low, high) in RANGES.items():
+        value = flat.get(key)
+        if value is not None and not low <= value <= high:
+            problems.append(f"{key}: should lie between {low:g} and {high:g} (got {value!r})")
+    for index, stage in enumerate(recipe.stages):
+        if stage.student.blocks not in PRESETS:
+            near = suggest(stage.student.blocks, PRESETS)
+            problems.append(
+                f"stages.{index}.student.blocks: unknown preset '{stage.student.blocks}'{near} "
+                f"(allowed: {', '.join(PRESETS)})"
+            )
+    if recipe.train.batch % recipe.train.grad_accum:
+        problems.append(
+            f"train.batch: {recipe.train.batch} images cannot be split into {recipe.train.grad_accum} passes"
+        )
+    return problems

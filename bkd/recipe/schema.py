@@ -1,0 +1,200 @@
+"""The whole vocabulary of a recipe, as frozen dataclasses.
+
+A recipe file says only what differs from these defaults. Cadences (`*_every`) count optimizer steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from bkd.surgery.plan import Sites
+
+FORBID_UNKNOWN = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The model to distil from.
+
+    Attributes:
+        id: `shapes` (the embedded teacher), a pipeline folder, or a Hub id.
+        revision: Branch, tag or commit of a Hub id.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    id: str = "shapes"
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The images and captions to train on.
+
+    Attributes:
+        shards: `shapes` (the embedded world), or tars: a file, folder, glob or brace pattern.
+        resolution: Side of the training images in pixels; the teacher's own when not given.
+        cache_dir: Where latents are kept; `$BKD_CACHE` or `~/.cache/bkd` when not given.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    shards: str = "shapes"
+    resolution: int | None = None
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How to optimise; AdamW throughout.
+
+    Attributes:
+        batch: Images per optimizer step, over all processes and passes.
+        grad_accum: Passes the batch is split into, to fit memory; does not change the result.
+        lr: Peak learning rate.
+        lr_schedule: After the warm-up: constant, or down to zero at `max_steps` along a cosine or a line.
+        warmup_steps: Optimizer steps of linear warm-up.
+        max_steps: Optimizer steps of the stage.
+        weight_decay: Of AdamW.
+        betas: Of AdamW.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        ema: Decay of the averaged weights that become the student; 0 to use the last weights.
+        prompt_dropout: Share of captions replaced by the empty prompt, so that guidance keeps working.
+        mixed_precision: Of the forward passes; weights stay float32.
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: How many to keep.
+        log_every: Steps between lines in metrics.jsonl.
+        samples_every: Steps between validation pictures; 0 for one at the end.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    batch: int = 32
+    grad_accum: int = 1
+    lr: float = 5e-5
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
+    max_steps: int = 1000
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    ema: float = 0.0
+    prompt_dropout: float = 0.1
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    samples_every: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """The network to train.
+
+    Attributes:
+        blocks: A preset; see `bkd.surgery.unet.PRESETS`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    blocks: str = "sd-small"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the three terms (arXiv:2305.15798)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    task: float = 1.0
+    output_kd: float = 1.0
+    feature_kd: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What the student learns.
+
+    Attributes:
+        name: `kd`: task, output and feature distillation from the teacher.
+        loss: Weights of the terms.
+        sites: Where features are compared: after every `block`, or at BK-SDM's sites (`bk`).
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    name: Literal["kd"] = "kd"
+    loss: LossWeights = field(default_factory=LossWeights)
+    sites: Sites = "block"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a recipe, which ends in a usable student."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    student: Student = field(default_factory=Student)
+    method: Method = field(default_factory=Method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Pictures drawn for people to look at, and how evaluation draws.
+
+    Attributes:
+        prompts: Validation prompts.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Of classifier-free guidance; 1 for none.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    prompts: tuple[str, ...] = ()
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that determines a run, and a few things that do not.
+
+    Attributes:
+        seed: Of data order, noise, timesteps and dropout.
+        stages: In order; each starts from what the one before it made.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    seed: int = 0
+    teacher: Teacher = field(default_factory=Teacher)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    stages: tuple[Stage, ...] = (Stage(),)
+    samples: Samples = field(default_factory=Samples)
+
+
+RANGES: dict[str, tuple[float, float]] = {
+    "data.resolution": (8, 8192),
+    "train.batch": (1, 1_000_000),
+    "train.grad_accum": (1, 1_000_000),
+    "train.lr": (0, 10),
+    "train.warmup_steps": (0, 1e12),
+    "train.max_steps": (1, 1e12),
+    "train.weight_decay": (0, 10),
+    "train.max_grad_norm": (0, 1e12),
+    "train.ema": (0, 1),
+    "train.prompt_dropout": (0, 1),
+    "train.checkpoint_every": (1, 1e12),
+    "train.keep_checkpoints": (1, 1e6),
+    "train.log_every": (1, 1e12),
+    "train.samples_every": (0, 1e12),
+    "samples.num_inference_steps": (1, 1000),
+    "samples.guidance_scale": (1, 100),
+}
+"""Allowed ranges, ends included, of the numeric keys."""
+
+FREE_KEYS = (
+    "data.cache_dir",
+    "train.grad_accum",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.samples_every",
+    "samples",
+)
+"""Keys that may change between two calls of the same run: they do not affect the trained weights."""

@@ -1,0 +1,91 @@
+"""One self-contained HTML page for one run or several: pictures, curves, tables, and the command that made them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from bkd.errors import OutputError
+from bkd.report.curves import Curve, curve_svg
+from bkd.run_folder import RunFolder
+from bkd.surgery.plan import PLAN_FILE
+from bkd.tracking import read_metrics
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the page shows of one run."""
+
+    name: str
+    facts: dict[str, Any]
+    plan: dict[str, Any]
+    recipe: str
+    command: str
+    curves: tuple[tuple[str, str], ...]
+    pictures: tuple[tuple[str, str], ...]
+    evaluations: tuple[dict[str, Any], ...]
+
+
+def write_report(runs: Sequence[Path], output: Path) -> Path:
+    """Write the page.
+
+    Args:
+        runs: Run folders; unfinished ones show what they have so far.
+        output: The HTML file; replaced when it exists.
+
+    Raises:
+        OutputError: If a folder is not a run.
+    """
+    views = [_view(RunFolder(path)) for path in runs]
+    environment = Environment(loader=PackageLoader("bkd.report"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["percent"] = lambda value: f"{value:.1%}"
+    page = environment.get_template("report.html").render(runs=views)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(output)
+    return output
+
+
+def _view(run: RunFolder) -> RunView:
+    if not run.facts_file.is_file():
+        raise OutputError(
+            "not a run folder", where=run.path, got="no run.json", remedy="name a folder that bkd train made"
+        )
+    plan_file = run.student / PLAN_FILE
+    return RunView(
+        name=run.path.name,
+        facts=run.facts(),
+        plan=json.loads(plan_file.read_text()) if plan_file.is_file() else {},
+        recipe=run.recipe_file.read_text(),
+        command=f"bkd train {run.path.name}/recipe.yaml",
+        curves=_curves(read_metrics(run.metrics)),
+        pictures=_pictures(run),
+        evaluations=tuple(json.loads(path.read_text()) for path in sorted(run.eval.glob("*.json"))),
+    )
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """An SVG for each logged quantity worth a curve; losses on a logarithmic scale."""
+    terms = [name for name in (lines[0] if lines else {}) if name.endswith("_loss") or name in ("total", "lr")]
+    return tuple(
+        (name, curve_svg(Curve(tuple((line["step"], line[name]) for line in lines), logarithmic=name != "lr")))
+        for name in terms
+    )
+
+
+def _pictures(run: RunFolder) -> tuple[tuple[str, str], ...]:
+    """Evaluation pictures first, then the newest validation picture, as data URLs."""
+    paths = sorted(run.eval.glob("*.png")) + sorted(run.samples.glob("*.png"))[-1:]
+    titles = {"shapes": "evaluation prompts, same noise for every model", "prompts": "your prompts, same noise"}
+    return tuple((titles.get(path.stem, "validation prompts"), _data_url(path)) for path in paths)
+
+
+def _data_url(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,215 @@
+"""run_recipe: from a recipe to a run folder with a finished student."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from bkd.data.cache import LatentSet, cache_latents
+from bkd.data.shapes_shards import EMBEDDED, ensure_shapes_shards
+from bkd.data.shards import expand_shards
+from bkd.errors import RecipeError
+from bkd.eval.pictures import save_pairs
+from bkd.methods.base import Diffusion
+from bkd.methods.kd import KnowledgeDistillation
+from bkd.models import (
+    best_device,
+    load_noise_schedule,
+    load_pipeline,
+    locate,
+    native_resolution,
+    unet_config,
+    weights_digest,
+)
+from bkd.recipe.schema import Recipe, Stage
+from bkd.run_folder import RunFolder
+from bkd.student_folder import write_student
+from bkd.surgery.build import build_student
+from bkd.surgery.plan import RemovalPlan
+from bkd.surgery.unet import plan_preset
+from bkd.tracking import MetricsLog
+from bkd.train import Fit, StepReport
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Where a run reports to; only the command line prints.
+
+    Attributes:
+        phase: Called with one line when something new begins.
+        progress: Called with (done, total) during a phase.
+        step: Called after each optimizer step.
+        resumed: Called with the number of steps done before, when a stage continues.
+    """
+
+    phase: Callable[[str], None] = lambda text: None
+    progress: Callable[[int, int], None] = lambda done, total: None
+    step: Callable[[StepReport], None] = lambda report: None
+    resumed: Callable[[int], None] = lambda step: None
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """Where things that can be made again are kept."""
+    return Path(recipe.data.cache_dir or os.environ.get("BKD_CACHE", "~/.cache/bkd")).expanduser()
+
+
+def check_inputs(recipe: Recipe) -> tuple[Path, list[RemovalPlan], list[Path]]:
+    """Everything that can be wrong with a recipe's inputs, found before anything is written into the run folder.
+
+    Returns:
+        The teacher's folder, the plan of each stage, and the shards.
+
+    Raises:
+        BkdError: If the teacher, a plan, the shards or the resolution do not fit.
+    """
+    teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision)
+    resolution = native_resolution(teacher)
+    if recipe.data.resolution not in (None, resolution):
+        raise RecipeError(
+            "the recipe's resolution is not the teacher's",
+            where="data.resolution",
+            got=f"{recipe.data.resolution} px; the teacher {recipe.teacher.id} draws {resolution} px",
+            allowed=str(resolution),
+            remedy=f"data.resolution={resolution}, or leave it out, or choose another teacher",
+        )
+    plans = [plan_preset(unet_config(teacher), stage.student.blocks) for stage in recipe.stages]
+    if recipe.data.shards == EMBEDDED:
+        shards = sorted(ensure_shapes_shards(cache_folder(recipe)).glob("*.tar"))
+    else:
+        shards = expand_shards(recipe.data.shards)
+    return teacher, plans, shards
+
+
+def run_recipe(
+    recipe: Recipe, run: RunFolder, inputs: tuple[Path, list[RemovalPlan], list[Path]], listener: Listener
+) -> None:
+    """Train every stage that is not finished yet and leave a student folder.
+
+    Args:
+        recipe: As validated.
+        run: As `open_run` returned it.
+        inputs: As `check_inputs` returned them.
+        listener: Told what happens.
+
+    Raises:
+        Interrupted: After a request to stop; the same call continues.
+    """
+    teacher_folder, plans, shards = inputs
+    digest = weights_digest(teacher_folder)
+    device = best_device()
+    run.require_same("teacher_digest", digest)
+    run.record(device=_describe(device), num_threads=torch.get_num_threads(), teacher=recipe.teacher.id)
+    listener.phase("loading the teacher")
+    pipe = load_pipeline(teacher_folder, device=device)
+    listener.phase(f"caching latents of {len(shards)} shards")
+    data = cache_latents(
+        shards,
+        vae=pipe.vae,
+        tokenizer=pipe.tokenizer,
+        model_digest=digest,
+        resolution=native_resolution(teacher_folder),
+        cache=cache_folder(recipe),
+        progress=listener.progress,
+    )
+    run.require_same("data_fingerprint", data.fingerprint)
+    run.record(num_samples=len(data), num_skipped=data.num_skipped)
+    for number, (stage, plan) in enumerate(zip(recipe.stages, plans, strict=True)):
+        _run_stage(recipe, run, number, stage, plan, pipe, data, teacher_folder, listener)
+    run.record(status="done")
+
+
+def _run_stage(
+    recipe: Recipe,
+    run: RunFolder,
+    number: int,
+    stage: Stage,
+    plan: RemovalPlan,
+    pipe: StableDiffusionPipeline,
+    data: LatentSet,
+    teacher_folder: Path,
+    listener: Listener,
+) -> None:
+    last = number == len(recipe.stages) - 1
+    output = run.student if last else run.path / "stages" / f"{number:02d}-{stage.method.name}" / "student"
+    if output.is_dir():
+        return
+    student = build_student(pipe.unet, plan)
+    method = KnowledgeDistillation(
+        teacher=pipe.unet,
+        student=student,
+        diffusion=_diffusion(recipe, pipe, teacher_folder),
+        pairs=plan.feature_pairs[stage.method.sites],
+        weights=stage.method.loss,
+    )
+    log = MetricsLog(run.metrics)
+
+    def on_resume(step: int) -> None:
+        log.rewind(number, step)
+        if step:
+            listener.resumed(step)
+
+    def on_step(report: StepReport) -> None:
+        listener.step(report)
+        if report.step % recipe.train.log_every == 0 or report.step in (1, report.max_steps):
+            log.write(_metrics_line(number, report))
+        if recipe.train.samples_every and report.step % recipe.train.samples_every == 0:
+            _draw_samples(recipe, run, pipe, student, f"{number:02d}-step-{report.step:08d}")
+
+    listener.phase(f"training {stage.student.blocks}")
+    started = time.time()
+    Fit(
+        method,
+        data,
+        recipe.train,
+        seed=recipe.seed,
+        checkpoints=run.checkpoints(number),
+        on_step=on_step,
+        on_resume=on_resume,
+    ).run()
+    run.record(**{f"stage_{number:02d}_seconds": round(time.time() - started, 1)})
+    listener.phase("writing and reloading the student")
+    facts = {"teacher": recipe.teacher.id, "teacher_digest": run.facts()["teacher_digest"]}
+    write_student(output, teacher=teacher_folder, unet=student.to("cpu"), plan=plan, facts=facts)
+    listener.phase("drawing validation pictures")
+    _draw_samples(recipe, run, pipe, student.to(pipe.device), f"{number:02d}-final")
+
+
+def _diffusion(recipe: Recipe, pipe: StableDiffusionPipeline, teacher_folder: Path) -> Diffusion:
+    empty = pipe.tokenizer([""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return Diffusion(
+        schedule=load_noise_schedule(teacher_folder),
+        scaling_factor=pipe.vae.config.scaling_factor,
+        text_encoder=pipe.text_encoder,
+        empty_ids=empty,
+        prompt_dropout=recipe.train.prompt_dropout,
+    )
+
+
+def _metrics_line(stage: int, report: StepReport) -> dict[str, float | int]:
+    return {
+        "stage": stage,
+        "step": report.step,
+        **report.parts,
+        "total": report.total,
+        "lr": report.lr,
+        "grad_norm": report.grad_norm,
+        "seconds": round(report.seconds, 4),
+    }
+
+
+def _draw_samples(
+    recipe: Recipe, run: RunFolder, pipe: StableDiffusionPipeline, student: UNet2DConditionModel, name: str
+) -> None:
+    """Teacher | student for each validation prompt, from the same noise."""
+    if recipe.samples.prompts:
+        save_pairs(run.samples / f"{name}.png", pipe, student, recipe.samples)
+
+
+def _describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,145 @@
+"""The run folder: what lies where, and whether a command starts, continues or has nothing to do.
+
+recipe.yaml          resolved; training it again reproduces the run
+run.json             versions, device, teacher digest, data fingerprint, stages
+metrics.jsonl        one line per logged step
+checkpoints/<stage>/<step>/
+stages/<nn-name>/student/     students of all stages but the last
+student/             the final one, a stock pipeline folder
+samples/  eval/  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bkd import __version__
+from bkd.environment import PACKAGES, installed_version
+from bkd.errors import OutputError
+from bkd.recipe.load import dump_recipe, load_recipe, result_keys
+from bkd.recipe.schema import Recipe
+
+State = Literal["new", "continue", "done"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder, and the facts recorded there."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def facts_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval"
+
+    def checkpoints(self, stage: int) -> Path:
+        return self.path / "checkpoints" / f"{stage:02d}"
+
+    def recipe(self) -> Recipe:
+        return load_recipe(str(self.recipe_file))
+
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self.facts_file.read_text())
+        return facts
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to run.json, replacing the file as a whole."""
+        known = self.facts() if self.facts_file.is_file() else {}
+        unfinished = self.facts_file.with_suffix(".tmp")
+        unfinished.write_text(json.dumps({**known, **facts}, indent=2) + "\n")
+        unfinished.rename(self.facts_file)
+
+    def require_same(self, name: str, value: object) -> None:
+        """Record a fact, or refuse when an earlier part of this run had another.
+
+        Raises:
+            OutputError: Naming the fact.
+        """
+        known = self.facts().get(name)
+        if known is not None and known != value:
+            raise OutputError(
+                f"this run was started with another {name.replace('_', ' ')}",
+                where=self.path,
+                got=value,
+                allowed=known,
+                remedy="give the original one, another -o, or --overwrite to start again",
+            )
+        self.record(**{name: value})
+
+
+def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False) -> tuple[RunFolder, State]:
+    """Decide what a `train` command means for this folder; makes it when it is new.
+
+    Raises:
+        OutputError: If the folder holds something else, or a run of other settings.
+    """
+    run = RunFolder(path)
+    if path.is_file():
+        raise OutputError("the run folder is a file", where=path, remedy="choose another -o")
+    if overwrite and path.is_dir():
+        shutil.rmtree(path)
+    if not path.is_dir() or not any(path.iterdir()):
+        _start(run, recipe)
+        return run, "new"
+    if not run.facts_file.is_file() or not run.recipe_file.is_file():
+        held = ", ".join(sorted(p.name for p in path.iterdir())[:4])
+        raise OutputError(
+            "the run folder holds something else", where=path, got=held, remedy="choose another -o, or add --overwrite"
+        )
+    _require_same_recipe(run, recipe)
+    return run, "done" if run.facts().get("status") == "done" and run.student.is_dir() else "continue"
+
+
+def _start(run: RunFolder, recipe: Recipe) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.recipe_file.write_text(dump_recipe(recipe))
+    versions = {name: installed_version(name) for name in PACKAGES}
+    run.record(status="running", bkd=__version__, python=platform.python_version(), versions=versions)
+
+
+def _require_same_recipe(run: RunFolder, recipe: Recipe) -> None:
+    before, now = result_keys(run.recipe()), result_keys(recipe)
+    changed = _differences(before, now)
+    if changed:
+        raise OutputError(
+            "this folder holds a run with other settings",
+            where=run.path,
+            got="; ".join(changed),
+            remedy="choose another -o, or add --overwrite to start again",
+        )
+    run.recipe_file.write_text(dump_recipe(recipe))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = sorted(before.keys() | now.keys())
+    return [
+        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]

@@ -1,0 +1,41 @@
+"""metrics.jsonl: one line per logged step, every loss term unweighted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Append-only record of a run.
+
+    Args:
+        path: The file; created when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def rewind(self, stage: int, step: int) -> None:
+        """Drop what was logged after `step` of `stage`: those steps are about to be repeated."""
+        kept = [line for line in read_metrics(self._path) if (line["stage"], line["step"]) <= (stage, step)]
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        unfinished.rename(self._path)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        with self._path.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All logged lines; a last line cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

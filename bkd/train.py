@@ -1,0 +1,222 @@
+"""fit: the one training loop. It optimises a method's loss and knows nothing of what the method does."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bkd.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
+from bkd.data.order import batch_indices
+from bkd.losses import LossTerms
+from bkd.methods.base import Batch, Method
+from bkd.recipe.schema import Train
+from bkd.rng import StepRng
+
+
+class Dataset(Protocol):
+    """What the loop draws batches from; `bkd.data.cache.LatentSet` is one."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did.
+
+    Attributes:
+        step: Steps done, 1-based.
+        max_steps: Steps of the stage.
+        parts: Unweighted loss terms, averaged over the global batch.
+        total: The weighted sum that was minimised.
+        lr: Learning rate of the step.
+        grad_norm: Norm of the gradient before clipping.
+        seconds: Wall time of the step.
+    """
+
+    step: int
+    max_steps: int
+    parts: Mapping[str, float]
+    total: float
+    lr: float
+    grad_norm: float
+    seconds: float
+
+
+class Interrupted(Exception):
+    """The user asked to stop; a checkpoint has been written."""
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; a second one stops at once."""
+
+    def __enter__(self) -> StopSignal:
+        self.requested = False
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Learning rate of 0-based `step`: linear warm-up, then the schedule; a pure function, so there is no state."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return train.lr * factor[train.lr_schedule]
+
+
+class Fit:
+    """One stage's optimisation, from its newest checkpoint to its last step.
+
+    Args:
+        method: What to learn.
+        data: Cached samples.
+        train: Settings.
+        seed: Of data order and every random draw.
+        checkpoints: Folder of this stage's checkpoints.
+        on_step: Called after each optimizer step, on the main process.
+        on_resume: Called once with the number of steps already done, before the first new one.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: Dataset,
+        train: Train,
+        *,
+        seed: int,
+        checkpoints: Path,
+        on_step: Callable[[StepReport], None],
+        on_resume: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self._method, self._data, self._train, self._seed = method, data, train, seed
+        self._checkpoints, self._on_step, self._on_resume = checkpoints, on_step, on_resume
+        self._accelerator = Accelerator(mixed_precision=train.mixed_precision)
+        self._parameters = {name: p for name, p in method.trainable.named_parameters() if p.requires_grad}
+        weights = list(self._parameters.values())
+        optimizer = torch.optim.AdamW(
+            weights, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
+        )
+        wrapped, self._optimizer = self._accelerator.prepare(method.trainable, optimizer)
+        method.forward = wrapped
+        self._ema = EMAModel(weights, decay=train.ema) if train.ema else None
+
+    def run(self) -> None:
+        """Train to the last step; afterwards the trainable module holds the averaged weights.
+
+        Raises:
+            Interrupted: After a request to stop; run the same again to continue.
+        """
+        first = self._resume()
+        self._on_resume(first)
+        self._method.trainable.train()
+        with StopSignal() as stop:
+            for step in range(first, self._train.max_steps):
+                report = self._step(step)
+                done = step + 1
+                if self._accelerator.is_main_process:
+                    self._on_step(report)
+                if done % self._train.checkpoint_every == 0 or done == self._train.max_steps or stop.requested:
+                    self._save(done)
+                if stop.requested and done < self._train.max_steps:
+                    raise Interrupted
+        if self._ema is not None:
+            self._ema.copy_to(self._parameters.values())
+        self._method.trainable.eval()
+
+    def _step(self, step: int) -> StepReport:
+        started = time.perf_counter()
+        lr = learning_rate(self._train, step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        num_passes = self._train.grad_accum
+        losses = []
+        for number in range(num_passes):
+            batch, rng = self._part(step, number)
+            with self._accelerator.autocast():
+                terms = self._method.loss(batch, rng)
+            self._accelerator.backward(terms.total / num_passes)
+            losses.append(terms)
+        clip = self._train.max_grad_norm or math.inf
+        grad_norm = self._accelerator.clip_grad_norm_(self._parameters.values(), clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._ema is not None:
+            self._ema.step(self._parameters.values())
+        parts, total = self._mean(losses)
+        seconds = time.perf_counter() - started
+        return StepReport(step + 1, self._train.max_steps, parts, total, lr, float(grad_norm or 0.0), seconds)
+
+    def _part(self, step: int, number: int) -> tuple[Batch, StepRng]:
+        """This process's share of pass `number` of the step's global batch."""
+        train, world = self._train, self._accelerator.num_processes
+        indices = batch_indices(step, batch=train.batch, num_samples=len(self._data), seed=self._seed)
+        shares = np.array_split(np.arange(train.batch), train.grad_accum * world)
+        positions = shares[number * world + self._accelerator.process_index]
+        moments, token_ids = self._data.gather(indices[positions])
+        device = self._accelerator.device
+        return Batch(moments.to(device), token_ids.to(device)), StepRng(self._seed, step, positions.tolist())
+
+    def _mean(self, losses: list[LossTerms]) -> tuple[dict[str, float], float]:
+        names = list(losses[0].parts)
+        rows = [torch.stack([*(terms.parts[name] for name in names), terms.total.detach()]) for terms in losses]
+        row = self._accelerator.reduce(torch.stack(rows).mean(0), reduction="mean").tolist()
+        return dict(zip(names, row[:-1], strict=True)), row[-1]
+
+    def _save(self, step: int) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        scaler = self._accelerator.scaler
+        checkpoint = Checkpoint(
+            step=step,
+            trainable=self._parameters,
+            ema=self._ema_by_name(),
+            optimizer=self._optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler is not None else {},
+        )
+        save_checkpoint(self._checkpoints, checkpoint, keep=self._train.keep_checkpoints)
+
+    def _resume(self) -> int:
+        found = load_newest_checkpoint(self._checkpoints, self._accelerator.device)
+        if found is None:
+            return 0
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(found.trainable[name])
+        self._optimizer.load_state_dict(dict(found.optimizer))
+        if self._ema is not None:
+            self._ema.shadow_params = [found.ema[name] for name in self._parameters]
+            self._ema.optimization_step = found.step
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(dict(found.scaler))
+        return found.step
+
+    def _ema_by_name(self) -> dict[str, Tensor]:
+        if self._ema is None:
+            return {}
+        return dict(zip(self._parameters, self._ema.shadow_params, strict=True))
