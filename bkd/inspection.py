@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bkd.cost import unet_cost
 from bkd.errors import SurgeryError
-from bkd.models import unet_config
+from bkd.models import prompt_length, unet_config
 from bkd.surgery.build import build_empty
 from bkd.surgery.unet import PRESETS, plan_preset
 
@@ -19,24 +19,25 @@ from bkd.surgery.unet import PRESETS, plan_preset
 def inspect_model(folder: Path) -> dict[str, Any]:
     """Blocks and presets of a pipeline folder's UNet, from its configuration alone."""
     config = unet_config(folder)
-    cost = unet_cost(config)
+    tokens = prompt_length(folder)
+    cost = unet_cost(config, num_tokens=tokens)
     return {
         "parameters": cost.parameters,
         "macs": cost.macs,
         "macs_without_attention": cost.macs_without_attention,
-        "blocks": _blocks(config),
-        "presets": [_preset(config, name) for name in PRESETS if _fits(config, name)],
+        "blocks": _blocks(config, tokens),
+        "presets": [_preset(config, name, tokens) for name in PRESETS if _fits(config, name)],
     }
 
 
-def _blocks(config: dict[str, Any]) -> list[dict[str, Any]]:
+def _blocks(config: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     unet = build_empty(config)
     side = unet.config.sample_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         unet(
             torch.empty(1, unet.config.in_channels, side, side),
             torch.empty(1, dtype=torch.int64),
-            torch.empty(1, 77, unet.config.cross_attention_dim),
+            torch.empty(1, tokens, unet.config.cross_attention_dim),
         )
     counted = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     total = counted["Global"]
@@ -71,6 +72,6 @@ def _fits(config: dict[str, Any], preset: str) -> bool:
     return True
 
 
-def _preset(config: dict[str, Any], name: str) -> dict[str, Any]:
-    cost = unet_cost(config, plan_preset(config, name))
+def _preset(config: dict[str, Any], name: str, tokens: int) -> dict[str, Any]:
+    cost = unet_cost(config, plan_preset(config, name), num_tokens=tokens)
     return {"name": name, "parameters": cost.parameters, "macs": cost.macs}

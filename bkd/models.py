@@ -133,6 +133,11 @@ def native_resolution(folder: Path) -> int:
     return int(unet_config(folder)["sample_size"]) * pixels_per_latent
 
 
+def prompt_length(folder: Path) -> int:
+    """Tokens of a padded prompt: the length of the UNet's prompt embedding."""
+    return int(json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"])
+
+
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the UNet's weight files: the name of a teacher that no path or branch can change."""
     digest = hashlib.sha256()

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bkd.cost import UNetCost, unet_cost
-from bkd.models import load_unet, stored_dtype, unet_config, weights_digest
+from bkd.models import load_unet, prompt_length, stored_dtype, unet_config, weights_digest
 from bkd.student_folder import require_free, write_student
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import RemovalPlan
@@ -30,7 +30,8 @@ def plan_pruning(teacher: Path, blocks: str) -> Pruning:
     """
     config = unet_config(teacher)
     plan = plan_preset(config, blocks)
-    return Pruning(plan, unet_cost(config), unet_cost(config, plan))
+    tokens = prompt_length(teacher)
+    return Pruning(plan, unet_cost(config, num_tokens=tokens), unet_cost(config, plan, num_tokens=tokens))
 
 
 def prune(teacher: Path, name: str, blocks: str, output: Path, *, overwrite: bool = False) -> Pruning:

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from bkd.data.cache import LatentSet, cache_latents
+from bkd.data.index import Sample, index_shard
 from bkd.data.shapes_shards import EMBEDDED, ensure_shapes_shards
 from bkd.data.shards import expand_shards
 from bkd.errors import RecipeError
@@ -59,11 +60,23 @@ def cache_folder(recipe: Recipe) -> Path:
     return Path(recipe.data.cache_dir or os.environ.get("BKD_CACHE", "~/.cache/bkd")).expanduser()
 
 
-def check_inputs(recipe: Recipe) -> tuple[Path, list[RemovalPlan], list[Path]]:
-    """Everything that can be wrong with a recipe's inputs, found before anything is written into the run folder.
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe's names stand for.
 
-    Returns:
-        The teacher's folder, the plan of each stage, and the shards.
+    Attributes:
+        teacher: Its pipeline folder.
+        plans: One for each stage.
+        shards: The samples of each shard.
+    """
+
+    teacher: Path
+    plans: tuple[RemovalPlan, ...]
+    shards: tuple[list[Sample], ...]
+
+
+def check_inputs(recipe: Recipe) -> Inputs:
+    """Find everything that can be wrong with a recipe's inputs before anything is written into the run folder.
 
     Raises:
         BkdError: If the teacher, a plan, the shards or the resolution do not fit.
@@ -78,17 +91,15 @@ def check_inputs(recipe: Recipe) -> tuple[Path, list[RemovalPlan], list[Path]]:
             allowed=str(resolution),
             remedy=f"data.resolution={resolution}, or leave it out, or choose another teacher",
         )
-    plans = [plan_preset(unet_config(teacher), stage.student.blocks) for stage in recipe.stages]
+    plans = tuple(plan_preset(unet_config(teacher), stage.student.blocks) for stage in recipe.stages)
     if recipe.data.shards == EMBEDDED:
-        shards = sorted(ensure_shapes_shards(cache_folder(recipe)).glob("*.tar"))
+        paths = expand_shards(str(ensure_shapes_shards(cache_folder(recipe))))
     else:
-        shards = expand_shards(recipe.data.shards)
-    return teacher, plans, shards
+        paths = expand_shards(recipe.data.shards)
+    return Inputs(teacher, plans, tuple(index_shard(path) for path in paths))
 
 
-def run_recipe(
-    recipe: Recipe, run: RunFolder, inputs: tuple[Path, list[RemovalPlan], list[Path]], listener: Listener
-) -> None:
+def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listener) -> None:
     """Train every stage that is not finished yet and leave a student folder.
 
     Args:
@@ -100,27 +111,26 @@ def run_recipe(
     Raises:
         Interrupted: After a request to stop; the same call continues.
     """
-    teacher_folder, plans, shards = inputs
-    digest = weights_digest(teacher_folder)
+    digest = weights_digest(inputs.teacher)
     device = best_device()
     run.require_same("teacher_digest", digest)
     run.record(device=_describe(device), num_threads=torch.get_num_threads(), teacher=recipe.teacher.id)
     listener.phase("loading the teacher")
-    pipe = load_pipeline(teacher_folder, device=device)
-    listener.phase(f"caching latents of {len(shards)} shards")
+    pipe = load_pipeline(inputs.teacher, device=device)
+    listener.phase(f"caching latents of {sum(map(len, inputs.shards)):,} images")
     data = cache_latents(
-        shards,
+        inputs.shards,
         vae=pipe.vae,
         tokenizer=pipe.tokenizer,
         model_digest=digest,
-        resolution=native_resolution(teacher_folder),
+        resolution=native_resolution(inputs.teacher),
         cache=cache_folder(recipe),
         progress=listener.progress,
     )
     run.require_same("data_fingerprint", data.fingerprint)
     run.record(num_samples=len(data), num_skipped=data.num_skipped)
-    for number, (stage, plan) in enumerate(zip(recipe.stages, plans, strict=True)):
-        _run_stage(recipe, run, number, stage, plan, pipe, data, teacher_folder, listener)
+    for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
+        _run_stage(recipe, run, number, stage, plan, pipe, data, inputs.teacher, listener)
     run.record(status="done")
 
 

@@ -38,6 +38,9 @@ pipe = DiffusionPipeline.from_pretrained(
     folder, torch_dtype=torch.float32, use_safetensors=True, safety_checker=None, requires_safety_checker=False
 )
 inputs = load_file(probe)
+# Weights that lie unaligned in a mapped file can take other kernels, which round differently.
+for parameter in pipe.unet.parameters():
+    parameter.data = parameter.data.clone()
 with torch.no_grad():
     output = pipe.unet.eval()(inputs["sample"], inputs["timestep"], inputs["prompt_embeds"]).sample
 save_file({"output": output}, answer)

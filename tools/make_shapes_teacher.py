@@ -2,9 +2,9 @@
 
     python tools/make_shapes_teacher.py vae      --work build/teacher
     python tools/make_shapes_teacher.py text     --work build/teacher
-    python tools/make_shapes_teacher.py unet     --work build/teacher --steps 14000
+    python tools/make_shapes_teacher.py unet     --work build/teacher --steps 6000
     python tools/make_shapes_teacher.py assemble --work build/teacher -o bkd/assets/shapes
-    python tools/make_shapes_teacher.py gates    -o bkd/assets/shapes
+    python tools/check_shapes_gates.py
 
 Each part is trained alone and frozen, as Stable Diffusion's were: the autoencoder on images, the text encoder on
 captions (it learns to say what a caption describes), the UNet on latents with v-prediction (Salimans & Ho 2022,
@@ -328,11 +328,11 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.part == "vae":
-        train_vae(args.work, args.steps or 4000)
+        train_vae(args.work, args.steps or 3200)
     elif args.part == "text":
-        train_text(args.work, args.steps or 3000)
+        train_text(args.work, args.steps or 2500)
     elif args.part == "unet":
-        train_unet(args.work, args.steps or 14_000, args.batch, args.lr, args.num_scenes)
+        train_unet(args.work, args.steps or 6000, args.batch, args.lr, args.num_scenes)
     else:
         assemble(args.work, args.output)
 

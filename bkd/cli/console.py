@@ -14,7 +14,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from bkd.train import StepReport
 
-console = Console(highlight=False, soft_wrap=True)
+LOG_WIDTH = 120
+"""Columns for tables that go to a file or a pipe."""
+console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = LOG_WIDTH
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -47,9 +51,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     return made
 
 
-def million(number: int) -> str:
-    """`859.52 M` for 859520964."""
-    return f"{number / 1e6:,.2f} M"
+def short(number: int) -> str:
+    """`859.5 M` for 859520964, `401.6 G` for 401573150720."""
+    return f"{number / 1e9:,.1f} G" if number >= 1e10 else f"{number / 1e6:,.1f} M"
 
 
 class ProgressView:

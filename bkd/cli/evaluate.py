@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from bkd.cli.console import console, million, prepare, progress_view, table
+from bkd.cli.console import console, prepare, progress_view, short, table
 
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 for none.")]
@@ -81,7 +81,7 @@ def _show(report: dict[str, Any]) -> None:
     for model in report["models"]:
         accuracy = model.get("accuracy")
         scores = _scores(model, accuracy) if accuracy else []
-        rows.append((model["name"], *scores, million(model["unet_parameters"]), f"{model['unet_macs'] / 1e6:,.1f} M"))
+        rows.append((model["name"], *scores, short(model["unet_parameters"]), short(model["unet_macs"])))
     scored = (
         ["correct", "95 % interval", "of teacher", "one object", "two objects"]
         if "accuracy" in report["models"][0]
@@ -91,7 +91,7 @@ def _show(report: dict[str, Any]) -> None:
     title = f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
     if scored:
         title = f"{settings['num_prompts']} prompts of split {settings['split']}, {title}"
-    console.print(table(title, ("model", *scored, "UNet parameters", "UNet MACs"), rows))
+    console.print(table(title, ("model", *scored, "parameters", "MACs"), rows))
 
 
 def _scores(model: dict[str, Any], accuracy: dict[str, float]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from bkd.cli.console import console, million, prepare, table
+from bkd.cli.console import console, prepare, short, table
 
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]
 
@@ -60,9 +60,9 @@ def inspect(
     if as_json:
         console.print_json(data=found)
         return
-    blocks = [(b["id"], million(b["parameters"]), f"{b['share_of_macs']:.1%}") for b in found["blocks"]]
+    blocks = [(b["id"], short(b["parameters"]), f"{b['share_of_macs']:.1%}") for b in found["blocks"]]
     console.print(table(f"{model}: UNet, {found['parameters']:,} parameters", ("block", "parameters", "MACs"), blocks))
-    presets = [(p["name"], f"{p['parameters']:,}", f"{p['macs'] / 1e9:,.2f} G") for p in found["presets"]]
+    presets = [(p["name"], f"{p['parameters']:,}", short(p["macs"])) for p in found["presets"]]
     console.print(table("presets", ("--blocks", "parameters", "MACs"), presets))
 
 
@@ -87,10 +87,7 @@ def prune(
         pruning = write_pruned(folder, teacher, blocks, output, overwrite=overwrite)
     console.print(f"removed: {', '.join(pruning.plan.removed) or 'nothing'}")
     costs = (("before", pruning.before), ("after", pruning.after))
-    rows = [
-        (name, f"{c.parameters:,}", f"{c.macs / 1e9:,.3f} G", f"{c.macs_without_attention / 1e9:,.3f} G")
-        for name, c in costs
-    ]
+    rows = [(name, f"{c.parameters:,}", short(c.macs), short(c.macs_without_attention)) for name, c in costs]
     console.print(table("UNet", ("", "parameters", "MACs", "without attention"), rows))
     done = "nothing written (dry run)" if dry_run else f"done: {output} loads in stock diffusers and computes the same"
     console.print(done)

@@ -40,14 +40,15 @@ def _show(recipe: Recipe) -> None:
     from bkd.recipe.load import dump_recipe
     from bkd.run import check_inputs
 
-    teacher, plans, shards = check_inputs(recipe)
+    inputs = check_inputs(recipe)
     console.print(dump_recipe(recipe), markup=False)
     steps = recipe.train.max_steps
     console.print(
-        f"{len(shards)} shards; {steps} steps of {recipe.train.batch} images: {steps * recipe.train.batch:,} images"
+        f"{sum(map(len, inputs.shards)):,} samples; {steps} steps of {recipe.train.batch} images: {steps * recipe.train.batch:,} images"
     )
-    for stage, plan in zip(recipe.stages, plans, strict=True):
-        before, after = unet_cost(unet_config(teacher)), unet_cost(unet_config(teacher), plan)
+    config = unet_config(inputs.teacher)
+    for stage, plan in zip(recipe.stages, inputs.plans, strict=True):
+        before, after = unet_cost(config), unet_cost(config, plan)
         console.print(f"{stage.student.blocks}: {after.parameters:,} of {before.parameters:,} UNet parameters")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bkd.data.images import decode_image, to_model_range
-from bkd.data.index import Sample, index_shard
+from bkd.data.index import Sample
 from bkd.errors import DataError
 
 CACHE_VERSION = 1
@@ -61,7 +61,7 @@ class LatentSet:
 
 
 def cache_latents(
-    shards: Sequence[Path],
+    shards: Sequence[Sequence[Sample]],
     *,
     vae: AutoencoderKL,
     tokenizer: PreTrainedTokenizerBase,
@@ -73,10 +73,10 @@ def cache_latents(
 ) -> LatentSet:
     """Encode every usable sample, or find that it was done before.
 
-    All shards are checked before the first is encoded. One output file per shard: an interrupted pass continues.
+    One output file per shard: an interrupted pass continues.
 
     Args:
-        shards: Tar files, as `expand_shards` gives them.
+        shards: The samples of each, as `index_shard` gives them.
         vae: Frozen, in eval mode; runs on its own device in its own dtype.
         tokenizer: Pads to its `model_max_length`.
         model_digest: Names autoencoder and tokenizer; part of the fingerprint.
@@ -84,16 +84,15 @@ def cache_latents(
         cache: Folder for things that can be made again.
 
     Raises:
-        DataError: If a shard is missing, corrupt or empty, or more than a tenth of the images cannot be decoded.
+        DataError: If more than a tenth of a shard's images cannot be decoded.
     """
-    indexed = [index_shard(path) for path in shards]
-    fingerprint = _fingerprint(indexed, model_digest, resolution)
+    fingerprint = _fingerprint(shards, model_digest, resolution)
     folder = cache / "latents" / fingerprint[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    total = sum(len(samples) for samples in indexed)
-    parts = [folder / f"{number:05d}" for number in range(len(indexed))]
+    total = sum(len(samples) for samples in shards)
+    parts = [folder / f"{number:05d}" for number in range(len(shards))]
     done = 0
-    for stem, samples in zip(parts, indexed, strict=True):
+    for stem, samples in zip(parts, shards, strict=True):
         if not stem.with_suffix(".json").is_file():
             _encode_shard(stem, samples, vae, tokenizer, resolution, batch, partial(_ahead, progress, done, total))
         done += len(samples)
@@ -111,12 +110,11 @@ def _ahead(progress: Progress, before: int, total: int, done: int) -> None:
     progress(before + done, total)
 
 
-def _fingerprint(indexed: Sequence[Sequence[Sample]], model_digest: str, resolution: int) -> str:
+def _fingerprint(shards: Sequence[Sequence[Sample]], model_digest: str, resolution: int) -> str:
     digest = hashlib.sha256(f"{CACHE_VERSION}/{model_digest}/{resolution}".encode())
-    for samples in indexed:
-        shard = samples[0].shard.stat()
-        digest.update(f"{samples[0].shard.name}/{shard.st_size}/{len(samples)}/".encode())
-        digest.update("/".join(s.key for s in samples).encode())
+    for samples in shards:
+        # Every member's name and size, not its bytes: hashing a terabyte would take longer than encoding it.
+        digest.update(repr([(s.key, sorted(s.members.items())) for s in samples]).encode())
         digest.update(samples[0].read("txt") + samples[-1].read("txt"))
     return digest.hexdigest()
 

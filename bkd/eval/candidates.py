@@ -50,7 +50,7 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
             )
         found += [
             Named("teacher", original),
-            Named(f"{label} before training", original, pruned_like=folder),
+            Named(f"{label} untrained", original, pruned_like=folder),
             Named(label, folder),
         ]
     if teacher is not None:

@@ -43,14 +43,14 @@ def measure(
         if report.get("digests") == digests and report["settings"] == json.loads(json.dumps(asdict(settings))):
             phase("already measured")
             return folder, report
-    phase(f"drawing {len(settings.captions())} prompts with {len(named)} models")
     candidates = [load_candidate(candidate) for candidate in named]
     report = evaluate(
         candidates,
         settings,
         folder,
         facts={"digests": digests},
-        progress=lambda name, done, total: progress(done, total, name),
+        phase=lambda name: phase(f"drawing {len(settings.captions())} prompts with {name}"),
+        progress=lambda done, total: progress(done, total, ""),
     )
     return folder, report
 

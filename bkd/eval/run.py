@@ -71,7 +71,8 @@ def evaluate(
     output: Path,
     *,
     facts: Mapping[str, Any],
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    phase: Callable[[str], None] = lambda name: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Draw the suite with every model, on the same prompts and the same noise, and score what can be scored.
 
@@ -82,13 +83,17 @@ def evaluate(
         settings: See `Settings`.
         output: Folder for `<suite>.json` and the picture `<suite>.png`.
         facts: Written into the report as they are.
-        progress: Called with (name, done, total).
+        phase: Called with the name of each model before it draws.
+        progress: Called with (done, total) while it does.
 
     Returns:
         What was written to `<suite>.json`.
     """
     prompts = settings.captions()
-    images = {c.name: _draw(c, prompts, settings, progress) for c in candidates}
+    images = {}
+    for candidate in candidates:
+        phase(candidate.name)
+        images[candidate.name] = _draw(candidate, prompts, settings, progress)
     rows = [{"name": c.name, **_cost(c.pipe)} for c in candidates]
     if settings.suite == "shapes":
         for row, scores in zip(rows, _score_shapes(list(images.values()), prompts), strict=True):
@@ -123,7 +128,7 @@ def _score_shapes(images: Sequence[torch.Tensor], prompts: Sequence[str]) -> lis
 
 
 def _draw(
-    candidate: Candidate, prompts: Sequence[str], settings: Settings, progress: Callable[[str, int, int], None]
+    candidate: Candidate, prompts: Sequence[str], settings: Settings, progress: Callable[[int, int], None]
 ) -> torch.Tensor:
     return generate(
         candidate.pipe,
@@ -131,7 +136,7 @@ def _draw(
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         seed=settings.seed,
-        progress=lambda done, total: progress(candidate.name, done, total),
+        progress=progress,
     )
 
 

@@ -22,9 +22,15 @@ REQUIRED = "???"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; people mean a number."""
+    """Plain data, with numbers and booleans as in YAML 1.2: `1e-4` is a number, and `no` is a word."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML declares it so
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
@@ -210,6 +216,8 @@ def _range_problems(recipe: Recipe) -> list[str]:
         value = flat.get(key)
         if value is not None and not low <= value <= high:
             problems.append(f"{key}: should lie between {low:g} and {high:g} (got {value!r})")
+    if not recipe.stages:
+        problems.append("stages: should have at least one stage (got [])")
     for index, stage in enumerate(recipe.stages):
         if stage.student.blocks not in PRESETS:
             near = suggest(stage.student.blocks, PRESETS)

@@ -1,0 +1,64 @@
+# Everything a user needs. `make help` lists the targets; each prints the plain command it runs.
+#
+#   PYTHON    interpreter to build the environment with (3.10 or newer)
+#   PIP_ARGS  more arguments for pip, such as --index-url of a CPU-only torch index
+#   SCALE     recipe folder: shapes (embedded, default) or sd15
+#   DATA      webdataset shards, needed for SCALE=sd15
+#   TEACHER   Hub id or pipeline folder to distil from, instead of the recipe's own
+#   ARGS      more arguments for `bkd train`, such as train.batch=16
+
+PYTHON   ?= python3
+PIP_ARGS ?=
+SCALE    ?= shapes
+DATA     ?=
+TEACHER  ?=
+ARGS     ?=
+
+VENV      := .venv
+BKD       := $(VENV)/bin/bkd
+INSTALLED := $(VENV)/installed
+OVERRIDES := $(if $(DATA),'data.shards=$(DATA)') $(if $(TEACHER),'teacher.id=$(TEACHER)') $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train-small train-tiny gates test check clean
+
+help:  ## show this list
+	@echo "make TARGET [SCALE=sd15 DATA='shards/{00000..00099}.tar' TEACHER=id-or-folder]"
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## create .venv with everything in it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("bkd needs Python 3.10 or newer, not " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' $(PIP_ARGS)
+	@touch $(INSTALLED)
+
+train-small: $(INSTALLED)  ## prune, distil, evaluate and report SD-Small
+	$(call train_and_show,sd-small)
+
+train-tiny: $(INSTALLED)  ## the same for SD-Tiny
+	$(call train_and_show,sd-tiny)
+
+# The embedded world has an exact checker; a real teacher's students are shown in the report's pictures.
+define train_and_show
+$(BKD) train $(SCALE)/$(1) $(OVERRIDES)
+$(if $(filter shapes,$(SCALE)),$(BKD) eval runs/$(SCALE)/$(1) --suite shapes)
+$(BKD) report runs/$(SCALE)/$(1)
+@echo "student: runs/$(SCALE)/$(1)/student"
+endef
+
+gates: $(INSTALLED)  ## measure the embedded world and its teacher on 1,000 prompts
+	$(VENV)/bin/python tools/check_shapes_gates.py
+
+test: $(INSTALLED)  ## run the tests, offline
+	$(VENV)/bin/python -m pytest
+
+check: $(INSTALLED)  ## lint and type-check
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:  ## remove the environment; runs stay
+	rm -rf $(VENV)

@@ -1,0 +1,54 @@
+"""Offline and on the CPU; what several tests share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bkd.models import load_pipeline, locate
+
+SD1 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD2 = {**SD1, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Latents and shards that tests share; set where the command line looks for them."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["BKD_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder() -> Path:
+    return locate("shapes")
+
+
+@pytest.fixture(scope="session")
+def teacher(teacher_folder):
+    """The embedded pipeline, frozen; tests must not change it."""
+    torch.manual_seed(0)
+    return load_pipeline(teacher_folder)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Two small shards of the embedded world."""
+    from bkd.data.shapes_shards import shapes_samples
+    from bkd.data.shards import write_shards
+
+    return write_shards(shapes_samples("train", 96), tmp_path_factory.mktemp("shards"), per_shard=64)

@@ -1,0 +1,76 @@
+"""Rules of the house: imports go down only, rooms stay small, and nothing heavy loads before it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "bkd").rglob("*.py"))
+
+LAYERS = [
+    {"bkd", "errors", "environment"},
+    {"diffusion", "losses", "hooks", "rng", "surgery.plan", "surgery.unet"},
+    {"models", "surgery.build", "data", "recipe"},
+    {"methods", "cost"},
+    {"run_folder", "student_folder", "inspection", "prune"},
+    {"train", "checkpoint", "tracking", "eval"},
+    {"run"},
+    {"report"},
+    {"cli", "__main__"},
+]
+"""From the ground up; a module may import from its own layer and from those before it."""
+
+
+def layer(module):
+    name = module.removeprefix("bkd.")
+    for number, members in enumerate(LAYERS):
+        if any(name == member or name.startswith(member + ".") for member in members):
+            return number
+    return 1 if name == "surgery" else pytest.fail(f"{module} belongs to no layer")
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bkd":
+            yield from (f"{node.module}.{a.name}" for a in node.names) if node.module == "bkd" else (node.module,)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "bkd")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    tree = ast.parse(path.read_text())
+    here = layer(module_name(path))
+    for imported in imports(tree):
+        if not imported.endswith("__version__"):
+            assert layer(imported) <= here, f"{module_name(path)} imports {imported}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_stay_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 330
+    assert path.stem not in {"utils", "util", "misc", "common", "helpers"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_command_line_prints(path):
+    if "cli" not in path.parts:
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+
+
+def test_help_does_not_load_torch():
+    script = "import sys, bkd, bkd.cli.app; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,241 @@
+"""The command line as a user meets it: runs that continue, errors that say what to do, pages that escape."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bkd.cli.app import main
+from bkd.run_folder import RunFolder
+
+SETTINGS = ["train.batch=8", "train.max_steps=6", "train.checkpoint_every=2", "train.log_every=2"]
+
+
+@pytest.fixture
+def bkd(capsys, monkeypatch, cache):
+    """Run a command in this process: exit code, and everything it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bkd", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, shards, cache):
+    """A finished run of a few steps, made by the command line in a process of its own."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = train_in_subprocess(folder, shards, cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def command(folder, shards, *more):
+    data = f"data.shards={shards[0].parent}"
+    return [sys.executable, "-m", "bkd", "train", "shapes/sd-tiny", data, *SETTINGS, *more, "-o", str(folder)]
+
+
+def train_in_subprocess(folder, shards, cache, *more):
+    environment = {**os.environ, "BKD_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
+    return subprocess.run(command(folder, shards, *more), capture_output=True, text=True, env=environment, check=False)
+
+
+def weights(folder):
+    return load_file(folder / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_run_folder_holds_everything(finished):
+    run = RunFolder(finished)
+    assert run.facts()["status"] == "done" and run.facts()["teacher"] == "shapes"
+    assert [line["step"] for line in map(json.loads, run.metrics.read_text().splitlines())] == [1, 2, 4, 6]
+    first = json.loads(run.metrics.read_text().splitlines()[0])
+    assert {"task_loss", "output_kd_loss", "feature_kd_loss", "total", "lr", "grad_norm"} <= first.keys()
+    assert (run.samples / "00-final.png").is_file() and run.recipe().train.max_steps == 6
+
+
+def test_the_student_draws_the_same_image_where_bkd_cannot_be_imported(finished, tmp_path):
+    from bkd.eval.generate import generate
+    from bkd.models import load_pipeline
+
+    prompt = "a large red square at the top left on a white background"
+    script = f"""
+import sys
+sys.modules["bkd"] = None
+import torch
+from diffusers import StableDiffusionPipeline
+torch.set_num_threads({torch.get_num_threads()})
+pipe = StableDiffusionPipeline.from_pretrained({str(finished / "student")!r}, torch_dtype=torch.float32)
+generator = torch.Generator().manual_seed(0)
+image = pipe({prompt!r}, num_inference_steps=5, guidance_scale=3.0, generator=[generator]).images[0]
+image.save({str(tmp_path / "stock.png")!r})
+"""
+    subprocess.run([sys.executable, "-I", "-c", script], check=True, capture_output=True)
+    from PIL import Image
+
+    pipe = load_pipeline(finished / "student")
+    ours = generate(pipe, [prompt], num_inference_steps=5, guidance_scale=3.0)[0]
+    stock = torch.tensor(list(Image.open(tmp_path / "stock.png").tobytes()), dtype=torch.uint8).reshape(32, 32, 3)
+    assert torch.equal(stock, ours.permute(1, 2, 0))
+
+
+def test_the_same_command_again_says_already_done(bkd, finished, shards):
+    code, printed = bkd(*command(finished, shards)[3:])
+    assert code == 0 and "already done" in printed
+
+
+def test_cadences_may_change(bkd, finished, shards):
+    code, printed = bkd(*command(finished, shards, "train.log_every=7")[3:])
+    assert code == 0 and "already done" in printed
+
+
+def test_other_settings_are_refused_with_both_values(bkd, finished, shards):
+    code, printed = bkd(*command(finished, shards, "train.lr=1e-5")[3:])
+    assert code == 1 and "holds a run with other settings" in printed
+    assert "train.lr is 0.002 there and 1e-05 here" in printed
+
+
+def test_a_killed_run_continues_to_the_same_weights(finished, shards, cache, tmp_path):
+    folder = tmp_path / "killed"
+    environment = {**os.environ, "BKD_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command(folder, shards), env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not list(folder.glob("checkpoints/00/00000002/state.json")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "student").exists()
+    continued = train_in_subprocess(folder, shards, cache)
+    assert continued.returncode == 0 and "continuing after step" in continued.stdout
+    assert all(torch.equal(tensor, weights(finished)[name]) for name, tensor in weights(folder).items())
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 4, 6]
+
+
+def test_an_interrupted_run_says_how_to_continue(finished, shards, cache, tmp_path):
+    folder = tmp_path / "interrupted"
+    environment = {**os.environ, "BKD_CACHE": str(cache), "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command(folder, shards, "train.checkpoint_every=1"), env=environment, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 300
+    while not list(folder.glob("checkpoints/00/*/state.json")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate()[0]
+    assert process.returncode == 130 and "run the same command to continue" in printed
+    assert train_in_subprocess(folder, shards, cache, "train.checkpoint_every=1").returncode == 0
+    assert all(torch.equal(tensor, weights(finished)[name]) for name, tensor in weights(folder).items())
+
+
+def test_evaluation_shows_teacher_untrained_and_student(bkd, finished):
+    arguments = ("eval", finished, "--num-prompts", 4, "--num-inference-steps", 3)
+    code, printed = bkd(*arguments)
+    assert code == 0 and all(name in printed for name in ("teacher", "small untrained", "95 % interval"))
+    report = json.loads((finished / "eval" / "shapes.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["teacher", "small untrained", "small"]
+    assert report["models"][1]["unet_parameters"] == report["models"][2]["unet_parameters"] == 2_245_380
+    assert (finished / "eval" / "shapes.png").is_file()
+    code, printed = bkd(*arguments)
+    assert code == 0 and "already measured" in printed
+
+
+def test_the_report_is_one_page_with_escaped_words(bkd, finished):
+    evaluation = finished / "eval" / "prompts.json"
+    evaluation.parent.mkdir(exist_ok=True)
+    facts = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps({**facts, "teacher": "<script>alert(1)</script>"}))
+    code, _ = bkd("report", finished)
+    (finished / "run.json").write_text(json.dumps(facts))
+    page = (finished / "report.html").read_text()
+    assert code == 0 and "<script>" not in page and "&lt;script&gt;" in page
+    assert "<svg" in page and "data:image/png;base64," in page
+    assert "http://" not in page and "https://" not in page and 'src="/' not in page
+
+
+def test_sampling_writes_numbered_pictures(bkd, tmp_path):
+    prompt = "a small blue circle at the bottom right on a gray background"
+    arguments = ("sample", "shapes", "--prompt", prompt, "--num-inference-steps", 2, "-o", tmp_path / "out")
+    assert bkd(*arguments)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "prompts.txt"]
+    code, printed = bkd(*arguments)
+    assert code == 1 and "holds something else" in printed
+
+
+def test_inspect_prints_blocks_and_json(bkd):
+    code, printed = bkd("inspect", "shapes")
+    assert code == 0 and "down_blocks.0.attentions.1" in printed and "sd-tiny" in printed
+    found = json.loads(bkd("inspect", "shapes", "--json")[1])
+    assert found["parameters"] == 5_523_876
+    assert {p["name"]: p["parameters"] for p in found["presets"]}["sd-tiny"] == 2_245_380
+    whole = [b for b in found["blocks"] if b["id"].count(".") <= 1]
+    assert 0.8 < sum(b["share_of_macs"] for b in whole) < 1
+
+
+def test_dry_runs_write_nothing(bkd, tmp_path, monkeypatch, shards):
+    monkeypatch.chdir(tmp_path)
+    code, printed = bkd("prune", "shapes", "--blocks", "sd-small", "-o", "out", "--dry-run")
+    assert code == 0 and "down.0.1" in printed and "nothing written" in printed
+    code, printed = bkd("train", "shapes/sd-small", f"data.shards={shards[0].parent}", "--dry-run")
+    assert code == 0 and "max_steps" in printed and "3,707,652 of 5,523,876" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_lists_versions(bkd):
+    code, printed = bkd("doctor")
+    assert code == 0 and "torchvision and torch" in printed and "disk free" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "shapes", "--blocks", "sd-smal", "-o", "out"], "did you mean 'sd-small'?"),
+        (["prune", "nobody/nothing", "--blocks", "sd-small", "-o", "out"], "TEACHER="),
+        (["train", "shapes/sd-smal"], "did you mean 'shapes/sd-small'?"),
+        (["train", "sd15/sd-small"], "data.shards: this recipe needs a value"),
+        (["train", "shapes/sd-small", "train.max_step=3"], "did you mean 'train.max_steps'?"),
+        (["train", "shapes/sd-small", "data.resolution=512"], "the teacher shapes draws 32 px"),
+        (["train", "shapes/sd-small", "data.shards=missing/{00000..00003}.tar"], "00000.tar: shard missing"),
+        (["train", "shapes/sd-small", "data.shards=missing"], "shard missing"),
+        (["train", "shapes/sd-small", "teacher.id=nobody/nothing"], "--teacher"),
+        (["eval", "nowhere"], "no model 'nowhere'"),
+        (["eval", "shapes", "--suite", "shape"], "did you mean 'shapes'?"),
+        (["eval", "shapes", "--suite", "prompts"], "no prompts"),
+        (["sample", "shapes", "-o", "out"], "no prompts"),
+        (["report", "nowhere"], "not a run folder"),
+    ],
+)
+def test_bad_input_is_an_error_and_writes_nothing(bkd, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, printed = bkd(*arguments)
+    assert code == 1 and "Traceback" not in printed
+    assert message in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_with_something_else_is_left_alone(bkd, tmp_path, shards):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, printed = bkd(*command(tmp_path, shards)[3:])
+    assert code == 1 and "holds something else" in printed
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_corrupt_shard_stops_before_the_run_starts(bkd, tmp_path, shards):
+    broken = tmp_path / "shards" / "00000.tar"
+    broken.parent.mkdir()
+    broken.write_bytes(shards[0].read_bytes()[:5000])
+    code, printed = bkd(*command(tmp_path / "run", [broken])[3:])
+    assert code == 1 and "shard truncated" in printed
+    assert not (tmp_path / "run").exists()

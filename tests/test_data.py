@@ -1,0 +1,228 @@
+"""Shards, images, order and cache: nothing unreadable gets in, nothing runs, and the order is a pure function."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bkd.data.cache import cache_latents
+from bkd.data.images import decode_image, to_model_range, to_pixels
+from bkd.data.index import index_shard
+from bkd.data.order import batch_indices
+from bkd.data.shapes import render, scene
+from bkd.data.shards import NewSample, expand_shards, write_shards
+from bkd.errors import DataError
+from bkd.rng import StepRng
+
+
+def png(color=(200, 10, 10), size=(32, 32), mode="RGB"):
+    stream = io.BytesIO()
+    Image.new(mode, size, color).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_shards_read_back_what_was_written(shards):
+    samples = [s for path in shards for s in index_shard(path)]
+    assert len(samples) == 96 and [s.key for s in samples[:2]] == ["000000000", "000000001"]
+    assert samples[64].key == "000010000"  # img2dataset numbers by shard, then by row
+    drawn = scene("train", 70)
+    assert samples[70].read("txt").decode() == drawn.caption
+    metadata = json.loads(samples[70].read("json"))
+    assert metadata["caption"] == drawn.caption and metadata["status"] == "success"
+    assert {"AESTHETIC_SCORE", "pwatermark", "punsafe", "similarity", "sha256", "original_width"} <= metadata.keys()
+    pixels = decode_image(samples[70].read("png"), 32).permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels, render(drawn))
+
+
+def test_writing_twice_gives_the_same_bytes(shards, tmp_path):
+    from bkd.data.shapes_shards import shapes_samples
+
+    again = write_shards(shapes_samples("train", 96), tmp_path, per_shard=64)
+    assert [p.read_bytes() for p in again] == [p.read_bytes() for p in shards]
+
+
+def test_webdataset_reads_the_shards_too(shards):
+    import webdataset as wds
+
+    read = list(wds.WebDataset([str(p) for p in shards], shardshuffle=False, empty_check=False))
+    assert len(read) == 96 and {"png", "txt", "json"} <= read[0].keys()
+
+
+@pytest.mark.parametrize("cut", [200, 512, 1536, 20_000, -1024])
+def test_a_truncated_shard_is_refused(shards, tmp_path, cut):
+    whole = shards[0].read_bytes().rstrip(b"\0")
+    whole += b"\0" * (-len(whole) % 512)
+    path = tmp_path / "cut.tar"
+    path.write_bytes(whole[:cut] if cut > 0 else whole)
+    with pytest.raises(DataError, match=r"cut\.tar: shard (truncated|corrupt)"):
+        index_shard(path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"00007\.tar: shard missing"):
+        index_shard(tmp_path / "00007.tar")
+
+
+def test_a_file_that_is_no_tar_is_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"<html>rate limited</html>" * 100)
+    with pytest.raises(DataError, match="shard corrupt: not a readable tar"):
+        index_shard(path)
+
+
+def test_links_duplicates_and_empty_shards_are_refused(tmp_path):
+    def tar(name, *members):
+        path = tmp_path / name
+        with tarfile.open(path, "w") as archive:
+            for member in members:
+                archive.addfile(member, io.BytesIO(b"x" * member.size))
+        return path
+
+    def file(name):
+        info = tarfile.TarInfo(name)
+        info.size = 1
+        return info
+
+    link = tarfile.TarInfo("a.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with pytest.raises(DataError, match="link or device"):
+        index_shard(tar("link.tar", link))
+    with pytest.raises(DataError, match="same member twice"):
+        index_shard(tar("twice.tar", file("a.png"), file("a.txt"), file("a.png")))
+    with pytest.raises(DataError, match=r"no samples of image and caption\n.*got: npy"):
+        index_shard(tar("other.tar", file("a.npy")))
+
+
+def test_shard_patterns(tmp_path):
+    for number in range(3):
+        (tmp_path / f"0000{number}.tar").touch()
+    expected = [tmp_path / f"0000{n}.tar" for n in range(3)]
+    assert expand_shards(str(tmp_path)) == expected
+    assert expand_shards(str(tmp_path / "*.tar")) == expected
+    assert expand_shards(str(tmp_path / "{00000..00002}.tar")) == expected
+    with pytest.raises(DataError, match="no shards found"):
+        expand_shards(str(tmp_path / "nothing-*.tar"))
+
+
+@pytest.mark.parametrize("spec", ["pipe:touch /tmp/bkd-was-here", "https://example.org/{0..3}.tar"])
+def test_commands_and_addresses_are_not_shards(spec):
+    with pytest.raises(DataError, match="shards must be files on this machine"):
+        expand_shards(spec)
+
+
+def test_transparency_is_laid_on_white():
+    assert decode_image(png((10, 20, 30, 0), mode="RGBA"), 32).unique().tolist() == [255]
+
+
+def test_images_are_oriented_resized_and_cropped():
+    image = Image.new("RGB", (60, 30), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 0, 30, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees: blue, on the left, comes to the top
+    stream = io.BytesIO()
+    image.save(stream, "PNG", exif=exif)
+    pixels = decode_image(stream.getvalue(), 16)
+    assert pixels.shape == (3, 16, 16) and pixels[2, 2].min() > 200 and pixels[0, 13].min() > 200
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", png()[:60], b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_what_is_no_image_is_an_error(data):
+    with pytest.raises(DataError, match="image cannot be decoded"):
+        decode_image(data, 32)
+
+
+def test_decompression_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="image cannot be decoded"):
+        decode_image(png(), 32)
+
+
+def test_pixels_survive_the_model_range():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_pixels(to_model_range(pixels)), pixels)
+
+
+def test_every_epoch_sees_every_sample_once_in_a_new_order():
+    order = np.concatenate([batch_indices(n, batch=6, num_samples=20, seed=1) for n in range(10)])
+    epochs = order.reshape(3, 20)
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert not np.array_equal(order[:20], batch_indices(0, batch=20, num_samples=20, seed=2))
+
+
+def test_randomness_depends_on_position_alone():
+    whole, part = StepRng(5, 9, range(8)), StepRng(5, 9, range(4, 8))
+    assert torch.equal(whole.normal("noise", (3, 2))[4:], part.normal("noise", (3, 2)))
+    assert torch.equal(whole.integers("t", 1000)[4:], part.integers("t", 1000))
+    assert not torch.equal(whole.uniform("a"), whole.uniform("b"))
+    assert not torch.equal(whole.uniform("a"), StepRng(5, 10, range(8)).uniform("a"))
+    noise = StepRng(0, 0, range(500)).normal("noise", (64,))
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def cached(teacher, shards, folder, resolution=32):
+    return cache_latents(
+        [index_shard(path) for path in shards],
+        vae=teacher.vae,
+        tokenizer=teacher.tokenizer,
+        model_digest="test",
+        resolution=resolution,
+        cache=folder,
+    )
+
+
+def test_cached_latents_are_what_the_autoencoder_says(teacher, shards, tmp_path):
+    data = cached(teacher, shards, tmp_path)
+    moments, ids = data.gather(np.array([70, 3]))
+    assert len(data) == 96 and data.num_skipped == 0
+    image = to_model_range(torch.from_numpy(render(scene("train", 70))).permute(2, 0, 1))[None]
+    with torch.no_grad():
+        posterior = teacher.vae.encode(image).latent_dist
+    assert torch.allclose(moments[:1], torch.cat([posterior.mean, posterior.std], 1), atol=5e-3)
+    assert teacher.tokenizer.decode(ids[1], skip_special_tokens=True) == scene("train", 3).caption
+
+
+def test_a_second_pass_encodes_nothing(teacher, shards, tmp_path, monkeypatch):
+    first = cached(teacher, shards, tmp_path)
+    monkeypatch.setattr(teacher.vae, "encode", None)
+    assert cached(teacher, shards, tmp_path).fingerprint == first.fingerprint
+
+
+def test_an_interrupted_pass_continues(teacher, shards, tmp_path, monkeypatch):
+    whole = cached(teacher, shards, tmp_path / "whole")
+    real, calls = type(teacher.vae).encode, []
+
+    def failing(self, x, *args, **kwargs):
+        calls.append(len(x))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(type(teacher.vae), "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        cached(teacher, shards, tmp_path / "cut")
+    data = cached(teacher, shards, tmp_path / "cut")
+    assert calls == [64, 32, 32]
+    assert torch.equal(data.gather(np.arange(96))[0], whole.gather(np.arange(96))[0])
+
+
+def test_the_fingerprint_follows_its_inputs(teacher, shards, tmp_path):
+    one = cached(teacher, shards[:1], tmp_path)
+    assert one.fingerprint != cached(teacher, shards, tmp_path).fingerprint
+
+
+def test_broken_images_are_counted_and_many_are_an_error(teacher, tmp_path):
+    def shard(name, num_bad):
+        samples = [
+            NewSample(image=b"broken" if i < num_bad else png(), extension="png", caption="x") for i in range(20)
+        ]
+        return write_shards(samples, tmp_path / name)
+
+    data = cached(teacher, shard("few", 1), tmp_path / "cache")
+    assert len(data) == 19 and data.num_skipped == 1
+    with pytest.raises(DataError, match=r"too many images cannot be decoded\n.*got: 5 of 20"):
+        cached(teacher, shard("many", 5), tmp_path / "cache")

@@ -1,0 +1,145 @@
+"""Model folders: every missing part is named before anything is loaded, and written students are proved."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from bkd.environment import torchvision_problem
+from bkd.errors import EnvironmentProblem, ModelError, OutputError
+from bkd.models import check_pipeline_folder, load_unet, locate, native_resolution, stored_dtype, weights_digest
+from bkd.prune import prune
+from bkd.student_folder import check_reload
+
+
+@pytest.fixture
+def folder(teacher_folder, tmp_path):
+    """A copy of the embedded pipeline, to be damaged."""
+    return shutil.copytree(teacher_folder, tmp_path / "model")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler", "unet"])
+def test_a_missing_part_is_named(folder, part):
+    shutil.rmtree(folder / part)
+    with pytest.raises(ModelError, match=f"lacks its part '{part}'"):
+        locate(folder)
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="the part 'vae' has no safetensors weights"):
+        locate(folder)
+
+
+def test_pickled_weights_are_not_read(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pickled \.bin and \.ckpt files can run code"):
+        locate(folder)
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="not a diffusers pipeline folder"):
+        locate(tmp_path)
+
+
+def test_a_broken_index_is_refused(folder):
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(ModelError, match=r"model_index\.json cannot be read"):
+        locate(folder)
+
+
+def test_other_architectures_are_refused(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["unet"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="no UNet that bkd can prune"):
+        check_pipeline_folder(folder)
+
+
+def test_a_missing_hub_repository_says_what_to_give():
+    with pytest.raises(ModelError, match=r"cannot get 'nobody/nothing' from the Hub(.|\n)*--teacher(.|\n)*TEACHER="):
+        locate("nobody/nothing")
+
+
+def test_nonsense_names_say_what_is_allowed():
+    with pytest.raises(ModelError, match=r"no model 'no such thing'\n.*allowed: 'shapes', a pipeline folder"):
+        locate("no such thing")
+
+
+def test_facts_of_the_embedded_teacher(teacher_folder):
+    assert native_resolution(teacher_folder) == 32
+    assert stored_dtype(teacher_folder) == torch.float16
+    assert weights_digest(teacher_folder) == weights_digest(teacher_folder)
+
+
+def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path):
+    pruning = prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "out")
+    written = tmp_path / "out"
+    locate(written)
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        for path in (teacher_folder / part).iterdir():
+            assert (written / part / path.name).read_bytes() == path.read_bytes()
+    plan = json.loads((written / "bkd_plan.json").read_text())
+    assert plan["teacher_digest"] == weights_digest(teacher_folder)
+    assert plan["cost_after"]["parameters"] == pruning.after.parameters
+    assert sum(p.numel() for p in load_unet(written).parameters()) == pruning.after.parameters
+    assert stored_dtype(written) == torch.float16
+
+
+def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher, tmp_path):
+    from bkd.surgery.build import build_student
+    from bkd.surgery.unet import plan_preset
+
+    prune(teacher_folder, "shapes", "sd-small", tmp_path / "out")
+    student = build_student(teacher.unet, plan_preset(teacher.unet.config, "sd-small")).state_dict()
+    pruned = load_unet(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, pruned[name]) for name, tensor in student.items())
+
+
+def test_a_folder_in_use_is_left_alone(teacher_folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"holds something else\n.*thesis"):
+        prune(teacher_folder, "shapes", "sd-small", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_failed_proof_leaves_nothing(teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("bkd.student_folder.RELOAD_SCRIPT", "raise SystemExit('no diffusers here')")
+    with pytest.raises(ModelError, match=r"does not load in stock diffusers(.|\n)*no diffusers here"):
+        prune(teacher_folder, "shapes", "sd-small", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_proof_notices_other_weights(teacher_folder, teacher):
+    unet = load_unet(teacher_folder)
+    with torch.no_grad():
+        unet.conv_in.weight[0, 0, 0, 0] += 0.1
+    with pytest.raises(ModelError, match="the reloaded student computes something else"):
+        check_reload(teacher_folder, unet)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "torchvision_version", "requires", "problem"),
+    [
+        ("2.15.0", "0.29.2", "torch==2.15.0", None),
+        ("2.15.0+cpu", "0.29.2+cpu", "torch==2.15.0", None),
+        ("2.13.0", "0.29.2", "torch==2.15.0", "was built for torch 2.15.0, but torch 2.13.0 is installed"),
+        ("2.15.0+cpu", "0.29.2", "torch==2.15.0", "come from different indexes"),
+        ("2.15.0", None, None, None),
+    ],
+)
+def test_torchvision_must_match_torch(monkeypatch, torch_version, torchvision_version, requires, problem):
+    versions = {"torch": torch_version, "torchvision": torchvision_version}
+    monkeypatch.setattr("bkd.environment.installed_version", versions.get)
+    monkeypatch.setattr("bkd.environment.metadata.requires", lambda name: ["numpy", requires])
+    found = torchvision_problem()
+    assert found is None if problem is None else problem in found
+
+
+def test_a_mismatch_stops_every_verb_with_the_remedy(monkeypatch):
+    from bkd.environment import require_working_environment
+
+    monkeypatch.setattr("bkd.environment.torchvision_problem", lambda: "torchvision 1 was built for torch 1")
+    with pytest.raises(EnvironmentProblem, match="pip install --force-reinstall torch torchvision"):
+        require_working_environment()

@@ -1,0 +1,124 @@
+"""Recipes: every packaged one loads, and every mistake is reported at once, with its remedy."""
+
+import pytest
+
+from bkd.errors import RecipeError
+from bkd.recipe.load import (
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    packaged_recipes,
+    parse_recipe,
+    recipes_folder,
+    result_keys,
+)
+from bkd.recipe.schema import Recipe
+from bkd.surgery.unet import PRESETS
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_every_recipe_loads_and_is_short_and_described(name):
+    recipe = load_recipe(name, ["data.shards=x"])
+    assert all(stage.student.blocks in PRESETS for stage in recipe.stages)
+    lines = (recipes_folder() / f"{name}.yaml").read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    assert len(lines) <= 40 and all(word in header for word in ("Run:", "Hardware:", "Expect:", "arXiv"))
+
+
+def test_the_published_settings():
+    segmind = load_recipe("sd15/sd-tiny", ["data.shards=x"])
+    loss = segmind.stages[0].method.loss
+    assert (segmind.train.lr, segmind.train.lr_schedule, segmind.train.batch) == (1e-5, "cosine", 32)
+    assert (segmind.train.max_steps, loss.task, loss.output_kd, loss.feature_kd) == (125_000, 1, 0.5, 0.5)
+    assert load_recipe("sd15/sd-small", ["data.shards=x"]).train.max_steps == 100_000
+    bk = load_recipe("sd15/bk-base", ["data.shards=x"])
+    assert (bk.train.lr, bk.train.lr_schedule, bk.train.batch, bk.train.max_steps) == (5e-5, "constant", 256, 50_000)
+    assert bk.stages[0].method.sites == "bk" and bk.stages[0].method.loss.feature_kd == 1
+
+
+def write(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    path = write(
+        tmp_path,
+        """
+train: {max_steps: ten, lr: 1e-4, batch: 3.5}
+tran: 1
+stages:
+  - method: {loss: {feat: 1}}
+""",
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, ["nonsense", "stages.4.student.blocks=x"])
+    assert str(caught.value).splitlines() == [
+        "recipe r.yaml: 6 problems",
+        "  nonsense: an override is key=value, such as train.lr=1e-4",
+        "  stages.4.student.blocks: there is no '4' to set a value in",
+        "  train.batch: should be a whole number (got 3.5)",
+        "  train.max_steps: should be a whole number (got 'ten')",
+        "  stages.0.method.loss.feat: unknown key; did you mean 'stages.0.method.loss.feature_kd'? (got 1)",
+        "  tran: unknown key; did you mean 'train'? (got 1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {ema: 2}", r"train\.ema: should lie between 0 and 1 \(got 2\.0\)"),
+        ("train: {max_steps: 0}", r"train\.max_steps: should lie between 1 and"),
+        ("train: {batch: 10, grad_accum: 3}", r"train\.batch: 10 images cannot be split into 3 passes"),
+        ("train: {lr_schedule: exponential}", r"should be 'constant', 'cosine' or 'linear' \(got 'exponential'\)"),
+        ("train: {mixed_precision: fp8}", r"should be 'no', 'fp16' or 'bf16'"),
+        ("stages: [{student: {blocks: sd-smal}}]", r"unknown preset 'sd-smal'; did you mean 'sd-small'\?"),
+        ('data: {shards: "???"}', r"data\.shards: this recipe needs a value; add data\.shards=… to the command"),
+        ("stages: []", r"stages: should have at least one stage"),
+        ("- a list", r"should be a mapping of keys"),
+        ("train: {lr: [", r"not readable as YAML"),
+        ("teacher: !!python/object/apply:os.system ['true']", r"not readable as YAML"),
+    ],
+)
+def test_each_problem_says_what_is_allowed(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    assert load_recipe(write(tmp_path, "train: {lr: 1e-4}")).train.lr == 1e-4
+    assert load_recipe(write(tmp_path, ""), ["train.lr=5e-5"]).train.lr == 5e-5
+
+
+def test_no_is_a_word(tmp_path):
+    assert load_recipe(write(tmp_path, "train: {mixed_precision: no}")).train.mixed_precision == "no"
+
+
+def test_overrides_reach_into_stages(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, "stages: [{student: {blocks: sd-small}}]"), ["stages.0.student.blocks=sd-tiny"]
+    )
+    assert recipe.stages[0].student.blocks == "sd-tiny"
+
+
+def test_a_dumped_recipe_loads_equal(tmp_path):
+    recipe = load_recipe("shapes/sd-small", ["train.lr=3e-4"])
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_unknown_recipes_name_the_nearest():
+    with pytest.raises(RecipeError, match=r"unknown recipe 'shapes/sd-smal'; did you mean 'shapes/sd-small'\?"):
+        find_recipe("shapes/sd-smal")
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        find_recipe("nowhere.yaml")
+
+
+def test_cadences_do_not_affect_results():
+    keys = result_keys(Recipe())
+    assert "train.lr" in keys and "seed" in keys and "stages.0.method.loss.task" in keys
+    assert not {"train.log_every", "train.grad_accum", "train.checkpoint_every", "data.cache_dir"} & keys.keys()
+
+
+def test_defaults_are_valid():
+    assert parse_recipe({}, source="test") == Recipe()
