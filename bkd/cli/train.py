@@ -43,9 +43,8 @@ def _show(recipe: Recipe) -> None:
     inputs = check_inputs(recipe)
     console.print(dump_recipe(recipe), markup=False)
     steps = recipe.train.max_steps
-    console.print(
-        f"{sum(map(len, inputs.shards)):,} samples; {steps} steps of {recipe.train.batch} images: {steps * recipe.train.batch:,} images"
-    )
+    console.print(f"data: {sum(map(len, inputs.shards)):,} samples")
+    console.print(f"{steps:,} steps of {recipe.train.batch} images: {steps * recipe.train.batch:,} images")
     config = unet_config(inputs.teacher)
     for stage, plan in zip(recipe.stages, inputs.plans, strict=True):
         before, after = unet_cost(config), unet_cost(config, plan)

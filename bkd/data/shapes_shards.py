@@ -15,7 +15,7 @@ from bkd.data.shapes import SIDE, WORLD_VERSION, Split, render, scene
 from bkd.data.shards import NewSample, write_shards
 
 EMBEDDED = "shapes"
-NUM_TRAIN = 20_000
+NUM_TRAIN = 10_000
 
 
 def ensure_shapes_shards(cache: Path, *, split: Split = "train", num_samples: int = NUM_TRAIN, seed: int = 0) -> Path:
