@@ -13,7 +13,7 @@ from bkd.cost import unet_cost
 from bkd.errors import SurgeryError
 from bkd.models import prompt_length, unet_config
 from bkd.surgery.build import build_empty
-from bkd.surgery.unet import PRESETS, plan_preset
+from bkd.surgery.unet import ALIASES, PRESETS, plan_preset
 
 
 def inspect_model(folder: Path) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def inspect_model(folder: Path) -> dict[str, Any]:
         "macs": cost.macs,
         "macs_without_attention": cost.macs_without_attention,
         "blocks": _blocks(config, tokens),
-        "presets": [_preset(config, name, tokens) for name in PRESETS if _fits(config, name)],
+        "presets": [_preset(config, name, tokens) for name in PRESETS if name != "none" and _fits(config, name)],
     }
 
 
@@ -74,4 +74,5 @@ def _fits(config: dict[str, Any], preset: str) -> bool:
 
 def _preset(config: dict[str, Any], name: str, tokens: int) -> dict[str, Any]:
     cost = unet_cost(config, plan_preset(config, name), num_tokens=tokens)
-    return {"name": name, "parameters": cost.parameters, "macs": cost.macs}
+    aliases = [alias for alias, known in ALIASES.items() if known == name]
+    return {"name": name, "aliases": aliases, "parameters": cost.parameters, "macs": cost.macs}

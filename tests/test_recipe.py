@@ -13,13 +13,13 @@ from bkd.recipe.load import (
     result_keys,
 )
 from bkd.recipe.schema import Recipe
-from bkd.surgery.unet import PRESETS
+from bkd.surgery.unet import PRESET_NAMES
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_every_recipe_loads_and_is_short_and_described(name):
     recipe = load_recipe(name, ["data.shards=x"])
-    assert all(stage.student.blocks in PRESETS for stage in recipe.stages)
+    assert all(stage.student.blocks in PRESET_NAMES for stage in recipe.stages)
     lines = (recipes_folder() / f"{name}.yaml").read_text().splitlines()
     header = "\n".join(line for line in lines if line.startswith("#"))
     assert len(lines) <= 40 and all(word in header for word in ("Run:", "Hardware:", "Expect:", "arXiv"))

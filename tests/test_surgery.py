@@ -10,7 +10,7 @@ from bkd.cost import unet_cost
 from bkd.errors import SurgeryError
 from bkd.surgery.build import build_empty, build_student
 from bkd.surgery.plan import RemovalPlan
-from bkd.surgery.unet import PRESETS, plan_preset
+from bkd.surgery.unet import PRESET_NAMES, plan_preset
 from tests.conftest import SD1, SD2
 
 COUNTS = {
@@ -54,7 +54,7 @@ def test_published_macs(preset, without_attention, total):
     assert round(cost.macs / 1e9, 1) == total
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_every_tensor_is_the_teachers(teacher, preset):
     plan = plan_preset(teacher.unet.config, preset)
     student = build_student(teacher.unet, plan)
@@ -72,7 +72,7 @@ def test_removing_nothing_changes_nothing(teacher):
         assert torch.equal(student(*x).sample, teacher.unet(*x).sample)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_saved_and_reloaded_students_compute_the_same(teacher, preset, tmp_path):
     student = build_student(teacher.unet, plan_preset(teacher.unet.config, preset))
     student.save_pretrained(tmp_path)

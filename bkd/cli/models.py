@@ -62,7 +62,9 @@ def inspect(
         return
     blocks = [(b["id"], short(b["parameters"]), f"{b['share_of_macs']:.1%}") for b in found["blocks"]]
     console.print(table(f"{model}: UNet, {found['parameters']:,} parameters", ("block", "parameters", "MACs"), blocks))
-    presets = [(p["name"], f"{p['parameters']:,}", short(p["macs"])) for p in found["presets"]]
+    presets = [
+        (" = ".join([p["name"], *p["aliases"]]), f"{p['parameters']:,}", short(p["macs"])) for p in found["presets"]
+    ]
     console.print(table("presets", ("--blocks", "parameters", "MACs"), presets))
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bkd.errors import RecipeError, suggest
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe
-from bkd.surgery.unet import PRESETS
+from bkd.surgery.unet import PRESET_NAMES
 
 REQUIRED = "???"
 """A value that the recipe leaves to the command line."""
@@ -219,11 +219,11 @@ def _range_problems(recipe: Recipe) -> list[str]:
     if not recipe.stages:
         problems.append("stages: should have at least one stage (got [])")
     for index, stage in enumerate(recipe.stages):
-        if stage.student.blocks not in PRESETS:
-            near = suggest(stage.student.blocks, PRESETS)
+        if stage.student.blocks not in PRESET_NAMES:
+            near = suggest(stage.student.blocks, PRESET_NAMES)
             problems.append(
                 f"stages.{index}.student.blocks: unknown preset '{stage.student.blocks}'{near} "
-                f"(allowed: {', '.join(PRESETS)})"
+                f"(allowed: {', '.join(PRESET_NAMES)})"
             )
     if recipe.train.batch % recipe.train.grad_accum:
         problems.append(

@@ -92,7 +92,7 @@ class Student:
     """The network to train.
 
     Attributes:
-        blocks: A preset; see `bkd.surgery.unet.PRESETS`.
+        blocks: A preset; see `bkd.surgery.unet.PRESET_NAMES`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN

@@ -16,13 +16,14 @@ from bkd.surgery.plan import FeaturePair, RemovalPlan, Sites
 
 PRESETS: dict[str, str] = {
     "sd-small": "one layer fewer in every block; Segmind's SD-Small",
-    "bk-base": "the same network as sd-small; BK-SDM-Base",
     "bk-small": "sd-small without the mid block; BK-SDM-Small",
     "sd-tiny": "bk-small without the innermost level; Segmind's SD-Tiny",
-    "bk-tiny": "the same network as sd-tiny; BK-SDM-Tiny",
     "none": "nothing removed: the student starts as the teacher's copy",
 }
 """Names and what they remove (Kim et al. 2023, arXiv:2305.15798, figure 3; segmind/distill-sd)."""
+ALIASES = {"bk-base": "sd-small", "bk-tiny": "sd-tiny"}
+"""BK-SDM's names for two of them: Segmind's Small is BK-SDM's Base."""
+PRESET_NAMES = (*PRESETS, *ALIASES)
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,14 @@ def plan_preset(config: Mapping[str, Any], preset: str) -> RemovalPlan:
 
     Args:
         config: A UNet2DConditionModel's configuration; only its architecture keys are read.
-        preset: A key of `PRESETS`.
+        preset: One of `PRESET_NAMES`.
 
     Raises:
         SurgeryError: If the name is unknown, or the teacher has no layer or level to spare.
     """
-    one_of(preset, PRESETS, kind="preset", error=SurgeryError)
+    one_of(preset, PRESET_NAMES, kind="preset", error=SurgeryError)
     whole = _whole(config)
-    return _plan(preset, config, whole, _layout(preset, whole))
+    return _plan(preset, config, whole, _layout(ALIASES.get(preset, preset), whole))
 
 
 def _whole(config: Mapping[str, Any]) -> Layout:
@@ -89,12 +90,12 @@ def _layout(preset: str, whole: Layout) -> Layout:
     # Of a down block the first layer stays: only it can change the width. Of an up block the first and the last
     # stay: they take the skips of the level below and of the down block's input, whose widths differ.
     thin = replace(whole, down=((0,),) * whole.num_levels, up=((0, 2),) * whole.num_levels)
-    if preset in ("sd-small", "bk-base"):
+    if preset == "sd-small":
         return thin
     without_mid = replace(thin, mid=False)
     if preset == "bk-small":
         return without_mid
-    return replace(without_mid, down=thin.down[:-1], up=thin.up[:-1])  # sd-tiny, bk-tiny
+    return replace(without_mid, down=thin.down[:-1], up=thin.up[:-1])  # sd-tiny
 
 
 def _plan(name: str, config: Mapping[str, Any], whole: Layout, kept: Layout) -> RemovalPlan:
