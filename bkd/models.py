@@ -27,6 +27,8 @@ CONFIG_FILES = {
 }
 """The file that each kind of part must have; every other kind has `config.json` and weights."""
 UNUSED_PARTS = ("image_encoder",)
+WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
+"""Names of the weight files that diffusers and transformers load; a repository may hold other variants beside them."""
 
 
 def locate(name: str | Path, *, revision: str | None = None) -> Path:
@@ -87,12 +89,13 @@ def check_pipeline_folder(folder: Path) -> None:
                 got=f"no {part}/{config}",
                 remedy="copy or download the whole pipeline folder",
             )
-        if part not in CONFIG_FILES and not list((folder / part).glob("*.safetensors")):
+        if part not in CONFIG_FILES and not weight_files(folder / part):
             raise ModelError(
                 f"the part '{part}' has no safetensors weights",
                 where=folder,
                 got=", ".join(sorted(p.name for p in (folder / part).iterdir())),
-                allowed=f"{part}/*.safetensors (pickled .bin and .ckpt files can run code and are not read)",
+                allowed="model.safetensors or diffusion_pytorch_model.safetensors, whole or in numbered parts; "
+                "pickled .bin and .ckpt files can run code and are not read",
             )
     if index.get("unet", (None, None))[1] != "UNet2DConditionModel":
         raise ModelError(
@@ -101,6 +104,11 @@ def check_pipeline_folder(folder: Path) -> None:
             got=", ".join(f"{part}: {kind}" for part, (_, kind) in index.items() if kind),
             allowed="a Stable Diffusion pipeline with a UNet2DConditionModel",
         )
+
+
+def weight_files(part: Path) -> list[Path]:
+    """The weight files of one part of a pipeline folder that a plain `from_pretrained` reads."""
+    return sorted(path for path in part.iterdir() if WEIGHTS.fullmatch(path.name))
 
 
 def _read_index(folder: Path) -> dict[str, tuple[str | None, str | None]]:
@@ -141,7 +149,7 @@ def prompt_length(folder: Path) -> int:
 def weights_digest(folder: Path) -> str:
     """SHA-256 of the UNet's weight files: the name of a teacher that no path or branch can change."""
     digest = hashlib.sha256()
-    for path in sorted((folder / "unet").glob("*.safetensors")):
+    for path in weight_files(folder / "unet"):
         with path.open("rb") as stream:
             while block := stream.read(1 << 24):
                 digest.update(block)
@@ -157,7 +165,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which the UNet lies on disk, so that a pruned copy can keep it."""
     from safetensors import safe_open
 
-    with safe_open(min((folder / "unet").glob("*.safetensors")), framework="pt") as file:
+    with safe_open(weight_files(folder / "unet")[0], framework="pt") as file:
         return cast(torch.dtype, file.get_tensor(next(iter(file.keys()))).dtype)
 
 

@@ -16,9 +16,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from bkd.errors import ModelError, OutputError
-from bkd.models import parts_of
+from bkd.models import parts_of, weight_files
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan
 
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"}
 RELOAD_SCRIPT = """
 import sys
 
@@ -89,7 +90,7 @@ def write_student(
     try:
         for part in parts_of(teacher):
             if part != "unet":
-                shutil.copytree(teacher / part, unfinished / part)
+                shutil.copytree(teacher / part, unfinished / part, ignore=_other_weights)
         shutil.copyfile(teacher / "model_index.json", unfinished / "model_index.json")
         unet.save_pretrained(unfinished / "unet", safe_serialization=True)
         described = {**json.loads(plan.to_json()), **facts}
@@ -99,6 +100,12 @@ def write_student(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     replace_folder(unfinished, folder)
+
+
+def _other_weights(part: str, names: list[str]) -> set[str]:
+    """Weights in other formats and variants, which a plain load does not read."""
+    used = {path.name for path in weight_files(Path(part))}
+    return {name for name in names if Path(name).suffix in WEIGHT_SUFFIXES and name not in used}
 
 
 def replace_folder(new: Path, final: Path) -> None:

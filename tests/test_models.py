@@ -97,6 +97,20 @@ def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher
     assert all(torch.equal(tensor, pruned[name]) for name, tensor in student.items())
 
 
+def test_other_variants_are_neither_read_nor_copied(folder, tmp_path):
+    unet, vae = folder / "unet", folder / "vae"
+    digest = weights_digest(folder)
+    for part in (unet, vae):
+        (part / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+        (part / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    assert weights_digest(folder) == digest and stored_dtype(folder) == torch.float16
+    prune(folder, "shapes", "sd-small", tmp_path / "out")
+    assert [p.name for p in sorted((tmp_path / "out" / "vae").iterdir())] == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+
+
 def test_a_folder_in_use_is_left_alone(teacher_folder, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"holds something else\n.*thesis"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,15 +18,15 @@ if TYPE_CHECKING:
 
 LOG_WIDTH = 120
 """Columns for tables that go to a file or a pipe."""
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 if not console.is_terminal:
     console.width = LOG_WIDTH
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_error(text: str) -> None:
     """To the error stream, red where the terminal can."""
-    _errors.print(f"error: {text}", markup=False, style="red")
+    _errors.print(f"error: {text}", style="red")
 
 
 def prepare() -> None:
@@ -96,17 +98,23 @@ def progress_view() -> Iterator[ProgressView]:
 
 
 class PlainView(ProgressView):
-    """For logs: a line each twentieth of the way instead of a bar."""
+    """For logs: a line each tenth of the way instead of a bar."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__(progress)
-        self._shown = -1
+        self._shown = 0
+        self._first = (0, time.monotonic())
 
     def update(self, done: int, total: int, text: str = "") -> None:
-        part = done * 20 // max(1, total)
+        """Print when a new tenth is reached; the rate is that since the phase's first report."""
+        if self._shown == 0 and self._first[0] == 0:
+            self._first = (done, time.monotonic())
+        part = done * 10 // max(1, total)
         if part != self._shown:
             self._shown = part
-            console.print(f"  {done}/{total}  {text}")
+            before, started = self._first
+            left = (time.monotonic() - started) / max(1, done - before) * (total - done)
+            console.print(f"  {done}/{total}  ETA {timedelta(seconds=round(left))}  {text}")
 
     def close(self) -> None:
-        self._shown = -1
+        self._shown, self._first = 0, (0, time.monotonic())

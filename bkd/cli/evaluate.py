@@ -9,8 +9,10 @@ import typer
 
 from bkd.cli.console import console, prepare, progress_view, short, table
 
-Steps = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
-Guidance = Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 for none.")]
+Steps = Annotated[Optional[int], typer.Option(min=1, max=1000, help="Denoising steps; a run knows its own.")]
+Guidance = Annotated[
+    Optional[float], typer.Option(min=1, help="Classifier-free guidance, 1 for none; a run knows its own.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of the starting noise.")]
 
 
@@ -19,20 +21,19 @@ def sample(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures.")],
     prompt: Annotated[Optional[str], typer.Option(help="One prompt.")] = None,
     prompts: Annotated[Optional[Path], typer.Option(help="Text file, one prompt a line.")] = None,
-    num_inference_steps: Steps = 25,
-    guidance_scale: Guidance = 3.0,
+    num_inference_steps: Steps = None,
+    guidance_scale: Guidance = None,
     seed: Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
 ) -> None:
     """Draw one picture for each prompt."""
     prepare()
-    from bkd.eval.sample import sample_to_folder
+    from bkd.eval.sample import drawing_settings, sample_to_folder
 
     texts = _prompts(prompt, prompts)
+    steps, guidance = drawing_settings(model, num_inference_steps, guidance_scale)
     with progress_view() as view:
-        written = sample_to_folder(
-            model, texts, output, num_inference_steps, guidance_scale, seed, overwrite, view.update
-        )
+        written = sample_to_folder(model, texts, output, steps, guidance, seed, overwrite, view.update)
     console.print(f"done: {len(written)} pictures in {output}")
 
 
@@ -46,17 +47,20 @@ def eval_(
     prompts: Annotated[Optional[Path], typer.Option(help="Text file, one prompt a line; for suite prompts.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of suite shapes.")] = 200,
     split: Annotated[str, typer.Option(help="Of suite shapes: test, val, novel or train.")] = "test",
-    num_inference_steps: Steps = 20,
-    guidance_scale: Guidance = 3.0,
+    num_inference_steps: Steps = None,
+    guidance_scale: Guidance = None,
     seed: Seed = 0,
 ) -> None:
     """Measure models side by side, on the same prompts and the same noise."""
     prepare()
     from bkd.eval.measure import measure
     from bkd.eval.run import Settings
+    from bkd.eval.sample import drawing_settings
 
+    drawn_by = "shapes" if suite == "shapes" else models[0]
+    steps, guidance = drawing_settings(drawn_by, num_inference_steps, guidance_scale)
     texts = tuple(_prompts(None, prompts)) if suite == "prompts" else ()
-    settings = Settings(suite, num_prompts, split, num_inference_steps, guidance_scale, seed, texts)
+    settings = Settings(suite, num_prompts, split, steps, guidance, seed, texts)
     with progress_view() as view:
         folder, report = measure(models, teacher, settings, output, view.phase, view.update)
     _show(report)

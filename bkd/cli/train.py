@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[str, typer.Argument(help="Packaged name such as shapes/sd-small, or a .yaml file.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value …, such as train.lr=1e-4.")] = None,
+    teacher: Annotated[Optional[str], typer.Option(help="Model to distil from, instead of the recipe's.")] = None,
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Run folder; default runs/RECIPE.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Start again where a run already is.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved recipe and its size; write nothing.")] = False,
@@ -23,7 +26,7 @@ def train(
     """Distil a student as a recipe says; the same command again continues, or finds that it is done."""
     from bkd.recipe.load import load_recipe
 
-    parsed = load_recipe(recipe, overrides or ())
+    parsed = load_recipe(recipe, [*(overrides or ()), *([f"teacher.id={teacher}"] if teacher else ())])
     folder = output or Path("runs") / Path(recipe).with_suffix("")
     if dry_run:
         _show(parsed)
@@ -41,7 +44,7 @@ def _show(recipe: Recipe) -> None:
     from bkd.run import check_inputs
 
     inputs = check_inputs(recipe)
-    console.print(dump_recipe(recipe), markup=False)
+    console.print(dump_recipe(recipe))
     steps = recipe.train.max_steps
     console.print(f"data: {sum(map(len, inputs.shards)):,} samples")
     console.print(f"{steps:,} steps of {recipe.train.batch} images: {steps * recipe.train.batch:,} images")
@@ -68,6 +71,7 @@ def _train(folder: Path, recipe: Recipe, overwrite: bool) -> None:
 
     inputs = check_inputs(recipe)
     run, _ = open_run(folder, recipe, overwrite=overwrite)
+    run.record(command=shlex.join(["bkd", *sys.argv[1:]]))
     with progress_view() as view:
         listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
         try:

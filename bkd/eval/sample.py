@@ -8,8 +8,23 @@ from pathlib import Path
 from PIL import Image
 
 from bkd.eval.generate import generate
-from bkd.models import best_device, load_pipeline, locate
+from bkd.models import EMBEDDED, best_device, load_pipeline, locate
+from bkd.run_folder import RunFolder
 from bkd.student_folder import require_free
+
+EMBEDDED_DRAWING = (20, 3.0)
+USUAL_DRAWING = (25, 7.5)
+
+
+def drawing_settings(model: str, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """Denoising steps and guidance scale: as asked, else the run's own, else what the kind of model is used with."""
+    run = RunFolder(Path(model))
+    if run.facts_file.is_file():
+        samples = run.recipe().samples
+        usual = (samples.num_inference_steps, samples.guidance_scale)
+    else:
+        usual = EMBEDDED_DRAWING if model == EMBEDDED else USUAL_DRAWING
+    return steps or usual[0], guidance or usual[1]
 
 
 def sample_to_folder(

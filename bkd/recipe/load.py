@@ -216,8 +216,8 @@ def _range_problems(recipe: Recipe) -> list[str]:
         value = flat.get(key)
         if value is not None and not low <= value <= high:
             problems.append(f"{key}: should lie between {low:g} and {high:g} (got {value!r})")
-    if not recipe.stages:
-        problems.append("stages: should have at least one stage (got [])")
+    if len(recipe.stages) != 1:
+        problems.append(f"stages: should have exactly one stage (got {len(recipe.stages)})")
     for index, stage in enumerate(recipe.stages):
         if stage.student.blocks not in PRESET_NAMES:
             near = suggest(stage.student.blocks, PRESET_NAMES)

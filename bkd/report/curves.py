@@ -1,23 +1,26 @@
-"""Loss curves as small SVG drawings: raw values faint, a running mean on top."""
+"""Curves as small SVG drawings: raw values faint, a moving mean on top."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from markupsafe import Markup
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 180, 56, 24, 8
-SMOOTHING = 0.9
+WINDOW = 0.05
+"""Share of the points that each point of the mean averages."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (step, value), and whether the value axis is logarithmic."""
+    """Points (step, value); whether values vary over decades, as losses do; whether they are noisy."""
 
     points: tuple[tuple[float, float], ...]
     logarithmic: bool
+    noisy: bool
 
 
 def curve_svg(curve: Curve) -> Markup:
@@ -36,7 +39,7 @@ def curve_svg(curve: Curve) -> Markup:
         return f"{across:.1f},{down:.1f}"
 
     raw = " ".join(place(x, y) for x, y in usable)
-    mean = " ".join(place(x, y) for x, y in _running_mean(usable))
+    mean = " ".join(place(x, y) for x, y in (_moving_mean(usable) if curve.noisy else usable))
     axis = HEIGHT - BOTTOM
     return Markup(
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
@@ -49,9 +52,10 @@ def curve_svg(curve: Curve) -> Markup:
     )
 
 
-def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    smooth, mean = [], points[0][1]
-    for x, y in points:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * y
-        smooth.append((x, mean))
-    return smooth
+def _moving_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The mean of each point's neighbours on both sides, so that it does not lag behind."""
+    reach = max(1, round(len(points) * WINDOW / 2))
+    return [
+        (x, fmean(y for _, y in points[max(0, index - reach) : index + reach + 1]))
+        for index, (x, _) in enumerate(points)
+    ]

@@ -64,7 +64,7 @@ def _view(run: RunFolder) -> RunView:
         facts=run.facts(),
         plan=json.loads(plan_file.read_text()) if plan_file.is_file() else {},
         recipe=run.recipe_file.read_text(),
-        command=f"bkd train {run.path.name}/recipe.yaml",
+        command=str(run.facts().get("command", f"bkd train {run.recipe_file.name}")),
         curves=_curves(read_metrics(run.metrics)),
         pictures=_pictures(run),
         evaluations=tuple(json.loads(path.read_text()) for path in sorted(run.eval.glob("*.json"))),
@@ -74,10 +74,12 @@ def _view(run: RunFolder) -> RunView:
 def _curves(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
     """An SVG for each logged quantity worth a curve; losses on a logarithmic scale."""
     terms = [name for name in (lines[0] if lines else {}) if name.endswith("_loss") or name in ("total", "lr")]
-    return tuple(
-        (name, curve_svg(Curve(tuple((line["step"], line[name]) for line in lines), logarithmic=name != "lr")))
-        for name in terms
-    )
+    return tuple((name, curve_svg(_curve(lines, name))) for name in terms)
+
+
+def _curve(lines: Sequence[dict[str, Any]], name: str) -> Curve:
+    is_loss = name != "lr"
+    return Curve(tuple((line["step"], line[name]) for line in lines), logarithmic=is_loss, noisy=is_loss)
 
 
 def _pictures(run: RunFolder) -> tuple[tuple[str, str], ...]:
