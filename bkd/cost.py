@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bkd.surgery.build import build_empty
@@ -40,6 +41,22 @@ def unet_cost(config: Mapping[str, Any], plan: RemovalPlan | None = None, *, num
         num_tokens: Length of the prompt embedding.
     """
     unet = build_empty(dict(config), plan)
+    flops = count_flops(unet, num_tokens)["Global"]
+    attention = sum(n for operator, n in flops.items() if any(name in str(operator) for name in ATTENTION_MATMULS))
+    total = sum(flops.values())
+    return UNetCost(sum(p.numel() for p in unet.parameters()), total // 2, (total - attention) // 2)
+
+
+def count_flops(unet: UNet2DConditionModel, num_tokens: int) -> dict[str, dict[Any, int]]:
+    """Floating-point operations (two for each multiply-accumulate) of one forward pass at batch 1.
+
+    Args:
+        unet: On the meta device; evaluated at its own `sample_size`.
+        num_tokens: Length of the prompt embedding.
+
+    Returns:
+        Module path (`Global` for all) -> operator -> operations.
+    """
     side = unet.config.sample_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         unet(
@@ -47,7 +64,5 @@ def unet_cost(config: Mapping[str, Any], plan: RemovalPlan | None = None, *, num
             torch.empty(1, dtype=torch.int64),
             torch.empty(1, num_tokens, unet.config.cross_attention_dim),
         )
-    flops = counter.get_flop_counts()["Global"]
-    attention = sum(n for operator, n in flops.items() if any(name in str(operator) for name in ATTENTION_MATMULS))
-    total = sum(flops.values())
-    return UNetCost(sum(p.numel() for p in unet.parameters()), total // 2, (total - attention) // 2)
+    counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
+    return counts

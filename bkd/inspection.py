@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from bkd.cost import unet_cost
+from bkd.cost import count_flops, unet_cost
 from bkd.errors import SurgeryError
 from bkd.models import prompt_length, unet_config
 from bkd.surgery.build import build_empty
@@ -32,14 +30,7 @@ def inspect_model(folder: Path) -> dict[str, Any]:
 
 def _blocks(config: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     unet = build_empty(config)
-    side = unet.config.sample_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        unet(
-            torch.empty(1, unet.config.in_channels, side, side),
-            torch.empty(1, dtype=torch.int64),
-            torch.empty(1, tokens, unet.config.cross_attention_dim),
-        )
-    counted = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+    counted = {name: sum(flops.values()) for name, flops in count_flops(unet, tokens).items()}
     total = counted["Global"]
     return [
         {

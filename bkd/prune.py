@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bkd.cost import UNetCost, unet_cost
+from bkd.errors import OutputError
 from bkd.models import load_unet, prompt_length, stored_dtype, unet_config, weights_digest
 from bkd.student_folder import require_free, write_student
 from bkd.surgery.build import build_student
@@ -48,7 +49,9 @@ def prune(teacher: Path, name: str, blocks: str, output: Path, *, overwrite: boo
         BkdError: If the preset does not fit, the folder is in use, or the written student fails its reload check.
     """
     pruning = plan_pruning(teacher, blocks)
-    require_free(output, overwrite=overwrite)
+    if output.resolve() == teacher.resolve():
+        raise OutputError("the output folder is the teacher itself", where=output, remedy="choose another -o")
+    require_free(output, overwrite=overwrite, marker="model_index.json")
     student = build_student(load_unet(teacher, stored_dtype(teacher)), pruning.plan)
     facts = {
         "teacher": name,

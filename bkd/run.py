@@ -91,6 +91,14 @@ def check_inputs(recipe: Recipe) -> Inputs:
             allowed=str(resolution),
             remedy=f"data.resolution={resolution}, or leave it out, or choose another teacher",
         )
+    if recipe.train.mixed_precision == "fp16" and best_device().type == "cpu":
+        raise RecipeError(
+            "float16 training needs a GPU",
+            where="train.mixed_precision",
+            got="fp16 on a CPU",
+            allowed="no, bf16",
+            remedy="train.mixed_precision=no",
+        )
     plans = tuple(plan_preset(unet_config(teacher), stage.student.blocks) for stage in recipe.stages)
     if recipe.data.shards == EMBEDDED:
         paths = expand_shards(str(ensure_shapes_shards(cache_folder(recipe))))

@@ -65,7 +65,17 @@ class RunFolder:
         return load_recipe(str(self.recipe_file))
 
     def facts(self) -> dict[str, Any]:
-        facts: dict[str, Any] = json.loads(self.facts_file.read_text())
+        """What `run.json` says.
+
+        Raises:
+            OutputError: If it cannot be read.
+        """
+        try:
+            facts: dict[str, Any] = json.loads(self.facts_file.read_text())
+        except ValueError as error:
+            raise OutputError(
+                "run.json cannot be read", where=self.path, got=error, remedy="choose another -o"
+            ) from None
         return facts
 
     def record(self, **facts: Any) -> None:
@@ -102,16 +112,14 @@ def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False) -> tuple[Ru
     run = RunFolder(path)
     if path.is_file():
         raise OutputError("the run folder is a file", where=path, remedy="choose another -o")
-    if overwrite and path.is_dir():
+    if overwrite and run.facts_file.is_file():
         shutil.rmtree(path)
     if not path.is_dir() or not any(path.iterdir()):
         _start(run, recipe)
         return run, "new"
     if not run.facts_file.is_file() or not run.recipe_file.is_file():
         held = ", ".join(sorted(p.name for p in path.iterdir())[:4])
-        raise OutputError(
-            "the run folder holds something else", where=path, got=held, remedy="choose another -o, or add --overwrite"
-        )
+        raise OutputError("the run folder holds something else", where=path, got=held, remedy="choose another -o")
     _require_same_recipe(run, recipe)
     return run, "done" if run.facts().get("status") == "done" and run.student.is_dir() else "continue"
 

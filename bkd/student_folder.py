@@ -48,21 +48,27 @@ save_file({"output": output}, answer)
 """
 
 
-def require_free(folder: Path, *, overwrite: bool) -> None:
+def require_free(folder: Path, *, overwrite: bool, marker: str) -> None:
     """Refuse to write over something.
 
+    Args:
+        folder: Where output is to go.
+        overwrite: Whether an earlier output of the same kind may be replaced.
+        marker: A file by which such an output is known; nothing else is ever replaced.
+
     Raises:
-        OutputError: If the folder holds anything and `overwrite` is off, or it is a file.
+        OutputError: If the folder holds anything else, or it is a file.
     """
     if folder.is_file():
         raise OutputError("the output folder is a file", where=folder, remedy="choose another -o")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    replaceable = (folder / marker).is_file()
+    if folder.is_dir() and any(folder.iterdir()) and not (overwrite and replaceable):
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
         raise OutputError(
             "the output folder holds something else",
             where=folder,
             got=held,
-            remedy="choose another -o, or add --overwrite",
+            remedy="choose another -o" + (", or add --overwrite" if replaceable else ""),
         )
 
 

@@ -207,6 +207,7 @@ def test_doctor_lists_versions(bkd):
         (["train", "sd15/sd-small"], "data.shards: this recipe needs a value"),
         (["train", "shapes/sd-small", "train.max_step=3"], "did you mean 'train.max_steps'?"),
         (["train", "shapes/sd-small", "data.resolution=512"], "the teacher shapes draws 32 px"),
+        (["train", "shapes/sd-small", "train.mixed_precision=fp16"], "float16 training needs a GPU"),
         (["train", "shapes/sd-small", "data.shards=missing/{00000..00003}.tar"], "00000.tar: shard missing"),
         (["train", "shapes/sd-small", "data.shards=missing"], "shard missing"),
         (["train", "shapes/sd-small", "teacher.id=nobody/nothing"], "--teacher"),
@@ -230,6 +231,34 @@ def test_a_run_folder_with_something_else_is_left_alone(bkd, tmp_path, shards):
     code, printed = bkd(*command(tmp_path, shards)[3:])
     assert code == 1 and "holds something else" in printed
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_starts_a_run_again_and_spares_everything_else(bkd, tmp_path, shards):
+    from bkd.recipe.load import load_recipe
+    from bkd.run_folder import open_run
+
+    run, state = open_run(tmp_path / "run", load_recipe("shapes/sd-small"))
+    (run.path / "metrics.jsonl").write_text("{}")
+    run, state = open_run(tmp_path / "run", load_recipe("shapes/sd-tiny"), overwrite=True)
+    assert state == "new" and not run.metrics.exists()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, printed = bkd(*command(tmp_path, shards, "--overwrite")[3:])
+    assert code == 1 and "holds something else" in printed and (tmp_path / "thesis.txt").exists()
+
+
+def test_a_damaged_run_file_is_named(bkd, tmp_path, shards):
+    (tmp_path / "run.json").write_text("{")
+    code, printed = bkd(*command(tmp_path, shards)[3:])
+    assert code == 1 and "run.json cannot be read" in printed
+
+
+def test_models_of_the_same_name_stay_apart(teacher_folder, tmp_path):
+    import shutil
+
+    from bkd.eval.candidates import name_candidates
+
+    folders = [str(shutil.copytree(teacher_folder, tmp_path / name / "student")) for name in ("a", "b")]
+    assert [named.name for named in name_candidates([*folders], "shapes")] == ["teacher", *folders]
 
 
 def test_a_corrupt_shard_stops_before_the_run_starts(bkd, tmp_path, shards):

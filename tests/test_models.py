@@ -118,6 +118,21 @@ def test_a_folder_in_use_is_left_alone(teacher_folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_overwrite_replaces_students_and_nothing_else(folder, teacher_folder, tmp_path):
+    out = tmp_path / "out"
+    prune(teacher_folder, "shapes", "sd-small", out)
+    with pytest.raises(OutputError, match="or add --overwrite"):
+        prune(teacher_folder, "shapes", "sd-tiny", out)
+    prune(teacher_folder, "shapes", "sd-tiny", out, overwrite=True)
+    assert json.loads((out / "bkd_plan.json").read_text())["name"] == "sd-tiny"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="holds something else"):
+        prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "home", overwrite=True)
+    with pytest.raises(OutputError, match="is the teacher itself"):
+        prune(folder, "mine", "sd-tiny", folder, overwrite=True)
+
+
 def test_a_failed_proof_leaves_nothing(teacher_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("bkd.student_folder.RELOAD_SCRIPT", "raise SystemExit('no diffusers here')")
     with pytest.raises(ModelError, match=r"does not load in stock diffusers(.|\n)*no diffusers here"):

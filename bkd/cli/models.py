@@ -60,7 +60,7 @@ def inspect(
     if as_json:
         console.print_json(data=found)
         return
-    blocks = [(b["id"], short(b["parameters"]), f"{b['share_of_macs']:.1%}") for b in found["blocks"]]
+    blocks = [(b["id"], f"{b['parameters']:,}", f"{b['share_of_macs']:.1%}") for b in found["blocks"]]
     console.print(table(f"{model}: UNet, {found['parameters']:,} parameters", ("block", "parameters", "MACs"), blocks))
     presets = [
         (" = ".join([p["name"], *p["aliases"]]), f"{p['parameters']:,}", short(p["macs"])) for p in found["presets"]

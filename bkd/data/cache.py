@@ -27,6 +27,9 @@ from bkd.errors import DataError
 
 CACHE_VERSION = 1
 MAX_BAD_FRACTION = 0.1
+MAX_BATCH = 64
+MAX_PIXELS = 1 << 20
+"""Images and pixels encoded at once: four images of 512 px, which fit a small GPU in float32."""
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -68,7 +71,6 @@ def cache_latents(
     model_digest: str,
     resolution: int,
     cache: Path,
-    batch: int = 64,
     progress: Progress = lambda done, total: None,
 ) -> LatentSet:
     """Encode every usable sample, or find that it was done before.
@@ -94,7 +96,7 @@ def cache_latents(
     done = 0
     for stem, samples in zip(parts, shards, strict=True):
         if not stem.with_suffix(".json").is_file():
-            _encode_shard(stem, samples, vae, tokenizer, resolution, batch, partial(_ahead, progress, done, total))
+            _encode_shard(stem, samples, vae, tokenizer, resolution, partial(_ahead, progress, done, total))
         done += len(samples)
         progress(done, total)
     skipped = sum(json.loads(stem.with_suffix(".json").read_text())["skipped"] for stem in parts)
@@ -125,13 +127,13 @@ def _encode_shard(
     vae: AutoencoderKL,
     tokenizer: PreTrainedTokenizerBase,
     resolution: int,
-    batch: int,
     progress: Callable[[int], None],
 ) -> None:
     moments: list[NDArray[np.float16]] = []
     captions: list[str] = []
     bad: list[str] = []
     decoded = _decoded(samples, resolution, bad)
+    batch = max(1, min(MAX_BATCH, MAX_PIXELS // resolution**2))
     while chunk := list(islice(decoded, batch)):
         moments.append(_encode(torch.stack([pixels for pixels, _ in chunk]), vae))
         captions += [caption for _, caption in chunk]

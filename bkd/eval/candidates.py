@@ -34,29 +34,35 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
     Raises:
         ModelError: If a model does not exist, or a run's teacher is not the one that was named.
     """
-    found: list[Named] = []
-    for model in models:
+    found = [Named("teacher", locate(teacher))] if teacher is not None else []
+    for model, label in zip(models, _labels(models), strict=True):
         run = RunFolder(Path(model))
         folder = locate(model)
-        label = Path(model).name or model
         if not run.facts_file.is_file():
             found.append(Named(label, folder))
             continue
-        recipe = run.recipe()
-        original = locate(teacher or recipe.teacher.id, revision=None if teacher else recipe.teacher.revision)
-        if weights_digest(original) != run.facts()["teacher_digest"]:
-            raise ModelError(
-                "this run was distilled from another teacher", where=model, got=teacher or recipe.teacher.id
-            )
-        found += [
-            Named("teacher", original),
-            Named(f"{label} untrained", original, pruned_like=folder),
-            Named(label, folder),
-        ]
-    if teacher is not None:
-        found.insert(0, Named("teacher", locate(teacher)))
-    first_of_each = {named.name: named for named in reversed(found)}
-    return [named for named in found if first_of_each[named.name] is named]
+        original = _teacher_of(run, teacher)
+        known = [named for named in found if named.folder == original and named.pruned_like is None]
+        if not known:
+            found.append(Named(f"teacher of {label}" if found else "teacher", original))
+        found += [Named(f"{label} untrained", original, pruned_like=folder), Named(label, folder)]
+    return found
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """The last part of each path, or all of it where two would be called the same."""
+    names = [Path(model).name or model for model in models]
+    return [name if names.count(name) == 1 else model for name, model in zip(names, models, strict=True)]
+
+
+def _teacher_of(run: RunFolder, teacher: str | None) -> Path:
+    recipe = run.recipe()
+    folder = locate(teacher or recipe.teacher.id, revision=None if teacher else recipe.teacher.revision)
+    if weights_digest(folder) != run.facts()["teacher_digest"]:
+        raise ModelError(
+            "this run was distilled from another teacher", where=run.path, got=teacher or recipe.teacher.id
+        )
+    return folder
 
 
 def load_candidate(named: Named) -> Candidate:

@@ -44,7 +44,7 @@ def sample_to_folder(
         ModelError: If there is no such model.
     """
     folder = locate(model)
-    require_free(output, overwrite=overwrite)
+    require_free(output, overwrite=overwrite, marker="prompts.txt")
     images = generate(
         load_pipeline(folder, device=best_device()),
         prompts,
