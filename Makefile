@@ -1,7 +1,7 @@
 # Everything a user needs. `make help` lists the targets; each prints the plain command it runs.
 #
 #   PYTHON    interpreter to build the environment with (3.10 or newer)
-#   PIP_ARGS  more arguments for pip, such as --index-url of a CPU-only torch index
+#   PIP_ARGS  more arguments for pip, such as --extra-index-url of a CPU-only torch index
 #   SCALE     recipe folder: shapes (embedded, default) or sd15
 #   DATA      webdataset shards, needed for SCALE=sd15
 #   TEACHER   Hub id or pipeline folder to distil from, instead of the recipe's own

@@ -8,13 +8,12 @@ no float64 at all.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def torchvision_problem() -> str | None:
     base, _, build = torch.partition("+")
     if wanted is not None and wanted.partition("+")[0] != base:
         return f"torchvision {torchvision} was built for torch {wanted}, but torch {torch} is installed"
-    if build != torchvision.partition("+")[2]:
+    builds = (build, torchvision.partition("+")[2])
+    if builds[0] != builds[1] and all(re.fullmatch(r"|cpu|cu\d+|rocm[\d.]+|xpu", label) for label in builds):
         return f"torch {torch} and torchvision {torchvision} come from different indexes (CPU and CUDA builds mixed)"
     return None
 

@@ -57,6 +57,10 @@ class OutputError(BkdError):
     """An output folder that is in use or holds something else."""
 
 
+class TrainingError(BkdError):
+    """A training run that cannot go on."""
+
+
 class EnvironmentProblem(BkdError):
     """Installed packages that do not fit together."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,8 +29,11 @@ class LossTerms:
 
     @classmethod
     def weighted(cls, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> LossTerms:
-        """Sum of weight x term over the named terms; a term of weight 0 is logged and not trained on."""
-        total = sum((weights[name] * term for name, term in terms.items() if weights[name]), start=Tensor([0.0]).sum())
+        """Sum of weight x term over the named terms; a term of weight 0 is logged and not trained on.
+
+        At least one weight must not be 0.
+        """
+        total = torch.stack([weights[name] * term for name, term in terms.items() if weights[name]]).sum()
         return cls(total, {name: term.detach() for name, term in terms.items()})
 
 
@@ -85,7 +89,7 @@ def feature_kd_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
         raise ShapeMismatch("feature KD: unequal numbers of features", got=f"{len(student)} and {len(teacher)}")
     pairs = enumerate(zip(student, teacher, strict=True))
     terms = [_mse(s, t.detach(), f"feature KD, pair {k}") for k, (s, t) in pairs]
-    return sum(terms, start=Tensor([0.0]).sum())
+    return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def _mse(prediction: Tensor, target: Tensor, where: str) -> Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 
 from bkd.diffusion import NoiseSchedule, PredictionType
 from bkd.errors import ModelError
@@ -26,7 +28,7 @@ CONFIG_FILES = {
     "feature_extractor": "preprocessor_config.json",
 }
 """The file that each kind of part must have; every other kind has `config.json` and weights."""
-UNUSED_PARTS = ("image_encoder",)
+REQUIRED_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 """Names of the weight files that diffusers and transformers load; a repository may hold other variants beside them."""
 
@@ -65,38 +67,19 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the Hub client raises a dozen kinds; each means that there is no model to work on
         raise ModelError(
             f"cannot get '{name}' from the Hub, and there is no such folder here",
-            got=str(error).strip().splitlines()[0],
+            got=(str(error).strip() or type(error).__name__).splitlines()[0],
             remedy="give another model: --teacher FOLDER-OR-ID (make: TEACHER=FOLDER-OR-ID); "
             "private repositories need `hf auth login`",
         ) from error
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Check that every part that `model_index.json` lists is there, before anything is loaded or written.
+    """Check that a pipeline folder is whole and of a supported kind, before anything is loaded or written.
 
     Raises:
-        ModelError: Naming the part and the file that is missing.
+        ModelError: Naming the part and the file that is missing, damaged or not supported.
     """
     index = _read_index(folder)
-    for part, (library, _) in index.items():
-        if library is None or part in UNUSED_PARTS:
-            continue
-        config = CONFIG_FILES.get(part, "config.json")
-        if not (folder / part / config).is_file():
-            raise ModelError(
-                f"the pipeline folder lacks its part '{part}'",
-                where=folder,
-                got=f"no {part}/{config}",
-                remedy="copy or download the whole pipeline folder",
-            )
-        if part not in CONFIG_FILES and not weight_files(folder / part):
-            raise ModelError(
-                f"the part '{part}' has no safetensors weights",
-                where=folder,
-                got=", ".join(sorted(p.name for p in (folder / part).iterdir())),
-                allowed="model.safetensors or diffusion_pytorch_model.safetensors, whole or in numbered parts; "
-                "pickled .bin and .ckpt files can run code and are not read",
-            )
     if index.get("unet", (None, None))[1] != "UNet2DConditionModel":
         raise ModelError(
             "this pipeline has no UNet that bkd can prune",
@@ -104,6 +87,67 @@ def check_pipeline_folder(folder: Path) -> None:
             got=", ".join(f"{part}: {kind}" for part, (_, kind) in index.items() if kind),
             allowed="a Stable Diffusion pipeline with a UNet2DConditionModel",
         )
+    for part in REQUIRED_PARTS:
+        if index.get(part, (None, None))[0] is None:
+            raise ModelError(f"the pipeline has no '{part}'", where=folder, allowed=", ".join(REQUIRED_PARTS))
+    for part, (library, _) in index.items():
+        if library is not None:
+            _check_part(folder, part)
+    _check_kind(folder)
+
+
+def _check_part(folder: Path, part: str) -> None:
+    config = folder / part / CONFIG_FILES.get(part, "config.json")
+    if not config.is_file():
+        raise ModelError(
+            f"the pipeline folder lacks its part '{part}'",
+            where=folder,
+            got=f"no {part}/{config.name}",
+            remedy="copy or download the whole pipeline folder",
+        )
+    _read_json(config)
+    if part in CONFIG_FILES:
+        return
+    files = weight_files(folder / part)
+    if not files:
+        raise ModelError(
+            f"the part '{part}' has no safetensors weights",
+            where=folder,
+            got=", ".join(sorted(p.name for p in (folder / part).iterdir())),
+            allowed="model.safetensors or diffusion_pytorch_model.safetensors, whole or in numbered parts; "
+            "pickled .bin and .ckpt files can run code and are not read",
+        )
+    for path in files:
+        try:
+            safe_open(path, framework="pt")  # reads the header, which knows how long the file must be
+        except Exception as error:
+            raise ModelError(
+                f"the weights of part '{part}' are damaged", where=path, got=error, remedy="download the file again"
+            ) from error
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse UNets whose training or pruning is not supported, by their configuration."""
+    config = unet_config(folder)
+    if config.get("addition_embed_type") is not None:
+        raise ModelError("UNets with additional embeddings (SDXL) are not supported", where=folder)
+    if config.get("in_channels", 4) != config.get("out_channels", 4):
+        raise ModelError(
+            "inpainting and other UNets with additional input channels are not supported",
+            where=folder,
+            got=f"{config['in_channels']} input channels",
+        )
+    if not isinstance(config.get("sample_size"), int):
+        raise ModelError(
+            "the UNet's configuration does not say its sample_size", where=folder, got=config.get("sample_size")
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path.name} cannot be read", where=path, got=error) from None
 
 
 def weight_files(part: Path) -> list[Path]:
@@ -113,14 +157,14 @@ def weight_files(part: Path) -> list[Path]:
 
 def _read_index(folder: Path) -> dict[str, tuple[str | None, str | None]]:
     path = folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.is_file():
         raise ModelError(
-            "not a diffusers pipeline folder", where=folder, got="no model_index.json", remedy="name the folder above"
-        ) from None
-    except ValueError as error:
-        raise ModelError("model_index.json cannot be read", where=path, got=error) from None
+            "not a diffusers pipeline folder",
+            where=folder,
+            got="no model_index.json",
+            remedy="name the folder that holds model_index.json",
+        )
+    index = _read_json(path)
     return {part: (entry[0], entry[1]) for part, entry in index.items() if isinstance(entry, list)}
 
 
@@ -131,7 +175,7 @@ def parts_of(folder: Path) -> list[str]:
 
 def unet_config(folder: Path) -> dict[str, Any]:
     """The UNet's configuration as it lies on disk."""
-    return cast(dict[str, Any], json.loads((folder / "unet" / "config.json").read_text()))
+    return _read_json(folder / "unet" / "config.json")
 
 
 def native_resolution(folder: Path) -> int:
@@ -146,13 +190,21 @@ def prompt_length(folder: Path) -> int:
     return int(json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"])
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of the UNet's weight files: the name of a teacher that no path or branch can change."""
+def model_digest(folder: Path, parts: Sequence[str] | None = None) -> str:
+    """SHA-256 of everything that a plain load of some parts reads: a name that no path or branch can change.
+
+    Args:
+        folder: Pipeline folder.
+        parts: Which parts; all of them when not given.
+    """
     digest = hashlib.sha256()
-    for path in weight_files(folder / "unet"):
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
+    for part in sorted(parts or parts_of(folder)):
+        used = {*weight_files(folder / part), *(p for p in (folder / part).iterdir() if p.suffix in (".json", ".txt"))}
+        for path in sorted(used):
+            digest.update(f"{part}/{path.name}/{path.stat().st_size}/".encode())
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    digest.update(block)
     return digest.hexdigest()
 
 
@@ -163,8 +215,6 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditi
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which the UNet lies on disk, so that a pruned copy can keep it."""
-    from safetensors import safe_open
-
     with safe_open(weight_files(folder / "unet")[0], framework="pt") as file:
         return cast(torch.dtype, file.get_tensor(next(iter(file.keys()))).dtype)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bkd.cost import UNetCost, unet_cost
 from bkd.errors import OutputError
-from bkd.models import load_unet, prompt_length, stored_dtype, unet_config, weights_digest
+from bkd.models import load_unet, model_digest, prompt_length, stored_dtype, unet_config
 from bkd.student_folder import require_free, write_student
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import RemovalPlan
@@ -55,7 +55,7 @@ def prune(teacher: Path, name: str, blocks: str, output: Path, *, overwrite: boo
     student = build_student(load_unet(teacher, stored_dtype(teacher)), pruning.plan)
     facts = {
         "teacher": name,
-        "teacher_digest": weights_digest(teacher),
+        "teacher_digest": model_digest(teacher),
         "cost_before": asdict(pruning.before),
         "cost_after": asdict(pruning.after),
     }

@@ -13,20 +13,21 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from bkd.data.cache import LatentSet, cache_latents
 from bkd.data.index import Sample, index_shard
-from bkd.data.shapes_shards import EMBEDDED, ensure_shapes_shards
+from bkd.data.shapes_shards import ensure_shapes_shards
 from bkd.data.shards import expand_shards
 from bkd.errors import RecipeError
 from bkd.eval.pictures import save_pairs
 from bkd.methods.base import Diffusion
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.models import (
+    EMBEDDED,
     best_device,
     load_noise_schedule,
     load_pipeline,
     locate,
+    model_digest,
     native_resolution,
     unet_config,
-    weights_digest,
 )
 from bkd.recipe.schema import Recipe, Stage
 from bkd.run_folder import RunFolder
@@ -119,7 +120,7 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
     Raises:
         Interrupted: After a request to stop; the same call continues.
     """
-    digest = weights_digest(inputs.teacher)
+    digest = model_digest(inputs.teacher)
     device = best_device()
     run.require_same("teacher_digest", digest)
     run.record(device=_describe(device), num_threads=torch.get_num_threads(), teacher=recipe.teacher.id)
@@ -130,7 +131,7 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
         inputs.shards,
         vae=pipe.vae,
         tokenizer=pipe.tokenizer,
-        model_digest=digest,
+        model_digest=model_digest(inputs.teacher, ["vae", "tokenizer"]),
         resolution=native_resolution(inputs.teacher),
         cache=cache_folder(recipe),
         progress=listener.progress,
@@ -177,11 +178,12 @@ def _run_stage(
         if report.step % recipe.train.log_every == 0 or report.step in (1, report.max_steps):
             log.write(_metrics_line(number, report))
         if recipe.train.samples_every and report.step % recipe.train.samples_every == 0:
-            _draw_samples(recipe, run, pipe, student, f"{number:02d}-step-{report.step:08d}")
+            with fit.averaged():
+                _draw_samples(recipe, run, pipe, student, f"{number:02d}-step-{report.step:08d}")
 
     listener.phase(f"training {stage.student.blocks}")
-    started = time.time()
-    Fit(
+    started = time.monotonic()
+    fit = Fit(
         method,
         data,
         recipe.train,
@@ -189,13 +191,22 @@ def _run_stage(
         checkpoints=run.checkpoints(number),
         on_step=on_step,
         on_resume=on_resume,
-    ).run()
-    run.record(**{f"stage_{number:02d}_seconds": round(time.time() - started, 1)})
+    )
+    try:
+        fit.run()
+    finally:
+        _add_seconds(run, number, time.monotonic() - started)
     listener.phase("writing and reloading the student")
     facts = {"teacher": recipe.teacher.id, "teacher_digest": run.facts()["teacher_digest"]}
     write_student(output, teacher=teacher_folder, unet=student.to("cpu"), plan=plan, facts=facts)
     listener.phase("drawing validation pictures")
     _draw_samples(recipe, run, pipe, student.to(pipe.device), f"{number:02d}-final")
+
+
+def _add_seconds(run: RunFolder, stage: int, seconds: float) -> None:
+    """Training time of a stage, over all the calls it took."""
+    name = f"stage_{stage:02d}_seconds"
+    run.record(**{name: round(run.facts().get(name, 0.0) + seconds, 1)})
 
 
 def _diffusion(recipe: Recipe, pipe: StableDiffusionPipeline, teacher_folder: Path) -> Diffusion:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from bkd import __version__
 from bkd.environment import PACKAGES, installed_version
 from bkd.errors import OutputError
+from bkd.files import write_atomically
 from bkd.recipe.load import dump_recipe, load_recipe, result_keys
 from bkd.recipe.schema import Recipe
 
@@ -81,9 +82,7 @@ class RunFolder:
     def record(self, **facts: Any) -> None:
         """Add facts to run.json, replacing the file as a whole."""
         known = self.facts() if self.facts_file.is_file() else {}
-        unfinished = self.facts_file.with_suffix(".tmp")
-        unfinished.write_text(json.dumps({**known, **facts}, indent=2) + "\n")
-        unfinished.rename(self.facts_file)
+        write_atomically(self.facts_file, json.dumps({**known, **facts}, indent=2) + "\n")
 
     def require_same(self, name: str, value: object) -> None:
         """Record a fact, or refuse when an earlier part of this run had another.
@@ -113,20 +112,31 @@ def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False) -> tuple[Ru
     if path.is_file():
         raise OutputError("the run folder is a file", where=path, remedy="choose another -o")
     if overwrite and run.facts_file.is_file():
+        _refuse_own_teacher(run, recipe)
         shutil.rmtree(path)
-    if not path.is_dir() or not any(path.iterdir()):
+    held = [p for p in path.iterdir() if p != run.recipe_file] if path.is_dir() else []
+    if not held:  # a recipe alone is what a crash at the very start leaves
         _start(run, recipe)
         return run, "new"
     if not run.facts_file.is_file() or not run.recipe_file.is_file():
-        held = ", ".join(sorted(p.name for p in path.iterdir())[:4])
-        raise OutputError("the run folder holds something else", where=path, got=held, remedy="choose another -o")
+        names = ", ".join(sorted(p.name for p in held)[:4])
+        raise OutputError("the run folder holds something else", where=path, got=names, remedy="choose another -o")
     _require_same_recipe(run, recipe)
     return run, "done" if run.facts().get("status") == "done" and run.student.is_dir() else "continue"
 
 
+def _refuse_own_teacher(run: RunFolder, recipe: Recipe) -> None:
+    """Starting a run again must not delete the model it is to learn from."""
+    teacher = Path(recipe.teacher.id).expanduser().resolve()
+    if run.path.resolve() in (teacher, *teacher.parents):
+        raise OutputError(
+            "the teacher lies inside the run that --overwrite would delete", where=run.path, remedy="choose another -o"
+        )
+
+
 def _start(run: RunFolder, recipe: Recipe) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
-    run.recipe_file.write_text(dump_recipe(recipe))
+    write_atomically(run.recipe_file, dump_recipe(recipe))
     versions = {name: installed_version(name) for name in PACKAGES}
     run.record(status="running", bkd=__version__, python=platform.python_version(), versions=versions)
 
@@ -141,7 +151,7 @@ def _require_same_recipe(run: RunFolder, recipe: Recipe) -> None:
             got="; ".join(changed),
             remedy="choose another -o, or add --overwrite to start again",
         )
-    run.recipe_file.write_text(dump_recipe(recipe))
+    write_atomically(run.recipe_file, dump_recipe(recipe))
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +89,7 @@ def write_student(
     Raises:
         ModelError: If the reloaded student computes something else.
     """
+    folder = folder.resolve()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -126,7 +126,7 @@ def replace_folder(new: Path, final: Path) -> None:
 
 
 @torch.no_grad()
-def check_reload(folder: Path, unet: UNet2DConditionModel, run: Callable[..., Any] = subprocess.run) -> None:
+def check_reload(folder: Path, unet: UNet2DConditionModel) -> None:
     """Load a pipeline folder in a process without `bkd` and compare one forward pass with the UNet in memory.
 
     Raises:
@@ -142,9 +142,9 @@ def check_reload(folder: Path, unet: UNet2DConditionModel, run: Callable[..., An
     with tempfile.TemporaryDirectory() as scratch:
         probe_file, answer_file = Path(scratch) / "probe.safetensors", Path(scratch) / "answer.safetensors"
         save_file(probe, probe_file)
-        # -I: neither the current folder nor PYTHONPATH can bring bkd back
-        finished = run(
-            [sys.executable, "-I", "-c", RELOAD_SCRIPT, str(folder), str(probe_file), str(answer_file)],
+        finished = subprocess.run(
+            [sys.executable, "-c", RELOAD_SCRIPT, str(folder.resolve()), str(probe_file), str(answer_file)],
+            cwd=scratch,  # nothing in the user's folder can stand before an installed module
             input=str(torch.get_num_threads()),
             capture_output=True,
             text=True,
@@ -155,8 +155,7 @@ def check_reload(folder: Path, unet: UNet2DConditionModel, run: Callable[..., An
                 "the written student does not load in stock diffusers", where=folder, got=finished.stderr[-800:]
             )
         reloaded = load_file(answer_file)["output"]
-    copy = unet if unet.dtype == torch.float32 and unet.device.type == "cpu" else _float32_copy(unet)
-    expected = copy.eval()(probe["sample"], probe["timestep"], probe["prompt_embeds"]).sample
+    expected = _float32_copy(unet).eval()(probe["sample"], probe["timestep"], probe["prompt_embeds"]).sample
     if not torch.equal(reloaded, expected):
         difference = float((reloaded - expected).abs().max())
         raise ModelError(

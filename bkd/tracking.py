@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bkd.files import write_atomically
 
 
 class MetricsLog:
@@ -21,13 +24,13 @@ class MetricsLog:
     def rewind(self, stage: int, step: int) -> None:
         """Drop what was logged after `step` of `stage`: those steps are about to be repeated."""
         kept = [line for line in read_metrics(self._path) if (line["stage"], line["step"]) <= (stage, step)]
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        unfinished.rename(self._path)
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: Mapping[str, Any]) -> None:
+        # JSON knows no NaN: a step that float16 scaling skipped is logged as null.
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
         with self._path.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from bkd.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from bkd.data.order import batch_indices
+from bkd.errors import TrainingError
 from bkd.losses import LossTerms
 from bkd.methods.base import Batch, Method
+from bkd.models import best_device
 from bkd.recipe.schema import Train
 from bkd.rng import StepRng
 
@@ -116,7 +119,8 @@ class Fit:
     ) -> None:
         self._method, self._data, self._train, self._seed = method, data, train, seed
         self._checkpoints, self._on_step, self._on_resume = checkpoints, on_step, on_resume
-        self._accelerator = Accelerator(mixed_precision=train.mixed_precision)
+        cpu = best_device().type == "cpu"
+        self._accelerator = Accelerator(mixed_precision=train.mixed_precision, cpu=cpu)
         self._parameters = {name: p for name, p in method.trainable.named_parameters() if p.requires_grad}
         weights = list(self._parameters.values())
         optimizer = torch.optim.AdamW(
@@ -147,7 +151,22 @@ class Fit:
                     raise Interrupted
         if self._ema is not None:
             self._ema.copy_to(self._parameters.values())
+        # prepare() made the module's own forward autocast; the finished student computes plainly again.
+        self._accelerator.unwrap_model(self._method.trainable, keep_fp32_wrapper=False)
         self._method.trainable.eval()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """For as long as the context lasts, the trainable module holds the averaged weights."""
+        if self._ema is None:
+            yield
+            return
+        self._ema.store(self._parameters.values())
+        self._ema.copy_to(self._parameters.values())
+        try:
+            yield
+        finally:
+            self._ema.restore(self._parameters.values())
 
     def _step(self, step: int) -> StepReport:
         started = time.perf_counter()
@@ -163,14 +182,25 @@ class Fit:
             self._accelerator.backward(terms.total / num_passes)
             losses.append(terms)
         clip = self._train.max_grad_norm or math.inf
-        grad_norm = self._accelerator.clip_grad_norm_(self._parameters.values(), clip)
+        grad_norm = float(self._accelerator.clip_grad_norm_(self._parameters.values(), clip))
+        self._require_finite(step, grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self._ema is not None:
             self._ema.step(self._parameters.values())
         parts, total = self._mean(losses)
         seconds = time.perf_counter() - started
-        return StepReport(step + 1, self._train.max_steps, parts, total, lr, float(grad_norm or 0.0), seconds)
+        return StepReport(step + 1, self._train.max_steps, parts, total, lr, grad_norm, seconds)
+
+    def _require_finite(self, step: int, grad_norm: float) -> None:
+        """One NaN would reach every weight; a float16 scaler skips such steps by itself."""
+        if self._accelerator.scaler is None and not math.isfinite(grad_norm):
+            raise TrainingError(
+                "training diverged: the gradient is not finite",
+                where=f"step {step + 1}",
+                got=grad_norm,
+                remedy="lower train.lr or raise train.warmup_steps; checkpoints up to here are kept",
+            )
 
     def _part(self, step: int, number: int) -> tuple[Batch, StepRng]:
         """This process's share of pass `number` of the step's global batch."""
@@ -184,7 +214,11 @@ class Fit:
 
     def _mean(self, losses: list[LossTerms]) -> tuple[dict[str, float], float]:
         names = list(losses[0].parts)
-        rows = [torch.stack([*(terms.parts[name] for name in names), terms.total.detach()]) for terms in losses]
+        device = self._accelerator.device
+        rows = [
+            torch.stack([value.to(device) for value in (*terms.parts.values(), terms.total.detach())])
+            for terms in losses
+        ]
         row = self._accelerator.reduce(torch.stack(rows).mean(0), reduction="mean").tolist()
         return dict(zip(names, row[:-1], strict=True)), row[-1]
 

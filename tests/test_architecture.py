@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "bkd").rglob("*.py"))
 
 LAYERS = [
-    {"bkd", "errors", "environment"},
+    {"bkd", "errors", "environment", "files"},
     {"diffusion", "losses", "hooks", "rng", "surgery.plan", "surgery.unet"},
     {"models", "surgery.build", "data", "recipe"},
     {"methods", "cost"},

@@ -246,6 +246,49 @@ def test_overwrite_starts_a_run_again_and_spares_everything_else(bkd, tmp_path, 
     assert code == 1 and "holds something else" in printed and (tmp_path / "thesis.txt").exists()
 
 
+def test_overwrite_spares_a_teacher_inside_the_run(tmp_path):
+    from bkd.errors import OutputError
+    from bkd.recipe.load import load_recipe
+    from bkd.run_folder import open_run
+
+    run, _ = open_run(tmp_path, load_recipe("shapes/sd-small"))
+    again = load_recipe("shapes/sd-small", [f"teacher.id={run.student}"])
+    with pytest.raises(OutputError, match="the teacher lies inside the run"):
+        open_run(tmp_path, again, overwrite=True)
+    assert run.facts_file.is_file()
+
+
+def test_a_crash_at_the_very_start_does_not_block_the_folder(tmp_path):
+    from bkd.recipe.load import dump_recipe, load_recipe
+    from bkd.run_folder import open_run
+
+    recipe = load_recipe("shapes/sd-small")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert open_run(tmp_path, recipe)[1] == "new"
+
+
+def test_evaluating_several_models_leaves_their_own_results_alone(bkd, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = (finished / "eval" / "shapes.json").read_bytes()
+    code, _ = bkd("eval", finished, "shapes", "--num-prompts", 2, "--num-inference-steps", 1)
+    assert code == 0 and (finished / "eval" / "shapes.json").read_bytes() == before
+    names = [model["name"] for model in json.loads((tmp_path / "eval" / "shapes.json").read_text())["models"]]
+    assert names == ["teacher", "small untrained", "small", "shapes"]
+
+
+def test_the_same_model_twice_is_refused(bkd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed = bkd("eval", "shapes", "shapes")
+    assert code == 1 and "the same model is named twice" in printed and not list(tmp_path.iterdir())
+
+
+def test_recipe_files_run_beside_the_packaged_ones(bkd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("train: {max_steps: 1, batch: 2}")
+    monkeypatch.setattr("bkd.cli.train._train", lambda folder, *_: print(folder))
+    assert "runs/mine" in bkd("train", tmp_path / "mine.yaml")[1]
+
+
 def test_a_damaged_run_file_is_named(bkd, tmp_path, shards):
     (tmp_path / "run.json").write_text("{")
     code, printed = bkd(*command(tmp_path, shards)[3:])

@@ -108,6 +108,11 @@ def test_shard_patterns(tmp_path):
         expand_shards(str(tmp_path / "nothing-*.tar"))
 
 
+def test_a_brace_without_partner_is_an_error():
+    with pytest.raises(DataError, match="a brace in the shard pattern has no partner"):
+        expand_shards("shards/{00000..00099.tar")
+
+
 @pytest.mark.parametrize("spec", ["pipe:touch /tmp/bkd-was-here", "https://example.org/{0..3}.tar"])
 def test_commands_and_addresses_are_not_shards(spec):
     with pytest.raises(DataError, match="shards must be files on this machine"):

@@ -8,7 +8,7 @@ import torch
 
 from bkd.environment import torchvision_problem
 from bkd.errors import EnvironmentProblem, ModelError, OutputError
-from bkd.models import check_pipeline_folder, load_unet, locate, native_resolution, stored_dtype, weights_digest
+from bkd.models import check_pipeline_folder, load_unet, locate, model_digest, native_resolution, stored_dtype
 from bkd.prune import prune
 from bkd.student_folder import check_reload
 
@@ -36,6 +36,43 @@ def test_pickled_weights_are_not_read(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pickled \.bin and \.ckpt files can run code"):
         locate(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_truncated_weights_are_refused_by_their_header(folder, part):
+    (weights,) = (folder / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ModelError, match=f"the weights of part '{part}' are damaged"):
+        locate(folder)
+
+
+def test_a_broken_configuration_is_named(folder):
+    (folder / "unet" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        locate(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("addition_embed_type", "text_time", r"additional embeddings \(SDXL\) are not supported"),
+        ("in_channels", 9, "inpainting and other UNets"),
+        ("sample_size", None, "does not say its sample_size"),
+    ],
+)
+def test_unsupported_unets_are_refused_at_once(folder, key, value, message):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ModelError, match=message):
+        locate(folder)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler", "unet"])
+def test_the_digest_follows_every_part(folder, part):
+    before = model_digest(folder)
+    path = min((folder / part).glob("*.json"))
+    path.write_text(path.read_text() + " ")
+    assert model_digest(folder) != before
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path):
@@ -70,7 +107,7 @@ def test_nonsense_names_say_what_is_allowed():
 def test_facts_of_the_embedded_teacher(teacher_folder):
     assert native_resolution(teacher_folder) == 32
     assert stored_dtype(teacher_folder) == torch.float16
-    assert weights_digest(teacher_folder) == weights_digest(teacher_folder)
+    assert model_digest(teacher_folder) == model_digest(teacher_folder)
 
 
 def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path):
@@ -81,7 +118,7 @@ def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path):
         for path in (teacher_folder / part).iterdir():
             assert (written / part / path.name).read_bytes() == path.read_bytes()
     plan = json.loads((written / "bkd_plan.json").read_text())
-    assert plan["teacher_digest"] == weights_digest(teacher_folder)
+    assert plan["teacher_digest"] == model_digest(teacher_folder)
     assert plan["cost_after"]["parameters"] == pruning.after.parameters
     assert sum(p.numel() for p in load_unet(written).parameters()) == pruning.after.parameters
     assert stored_dtype(written) == torch.float16
@@ -99,11 +136,11 @@ def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher
 
 def test_other_variants_are_neither_read_nor_copied(folder, tmp_path):
     unet, vae = folder / "unet", folder / "vae"
-    digest = weights_digest(folder)
+    digest = model_digest(folder)
     for part in (unet, vae):
         (part / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
         (part / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    assert weights_digest(folder) == digest and stored_dtype(folder) == torch.float16
+    assert model_digest(folder) == digest and stored_dtype(folder) == torch.float16
     prune(folder, "shapes", "sd-small", tmp_path / "out")
     assert [p.name for p in sorted((tmp_path / "out" / "vae").iterdir())] == [
         "config.json",
@@ -156,6 +193,8 @@ def test_the_proof_notices_other_weights(teacher_folder, teacher):
         ("2.13.0", "0.29.2", "torch==2.15.0", "was built for torch 2.15.0, but torch 2.13.0 is installed"),
         ("2.15.0+cpu", "0.29.2", "torch==2.15.0", "come from different indexes"),
         ("2.15.0", None, None, None),
+        ("2.11.0a0+nv25", "0.26.0a0", "torch==2.11.0a0", None),
+        ("2.6.0", "0.21.0+abc123", "torch==2.6.0", None),
     ],
 )
 def test_torchvision_must_match_torch(monkeypatch, torch_version, torchvision_version, requires, problem):

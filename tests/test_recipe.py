@@ -68,6 +68,14 @@ stages:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("seed: -1", r"seed: should lie between 0 and"),
+        ("train: {lr: .nan}", r"train\.lr: should lie between 0 and 10 \(got nan\)"),
+        ("train: {betas: [0.9, 1.5]}", r"train\.betas\.1: should lie between 0 and 0\.999999 \(got 1\.5\)"),
+        ("stages: [{method: {loss: {task: -1}}}]", r"loss\.task: should lie between 0 and 1e\+06 \(got -1\.0\)"),
+        (
+            "stages: [{method: {loss: {task: 0, output_kd: 0, feature_kd: 0}}}]",
+            r"stages\.0\.method\.loss: at least one weight should not be 0",
+        ),
         ("train: {ema: 2}", r"train\.ema: should lie between 0 and 1 \(got 2\.0\)"),
         ("train: {max_steps: 0}", r"train\.max_steps: should lie between 1 and"),
         ("train: {batch: 10, grad_accum: 3}", r"train\.batch: 10 images cannot be split into 3 passes"),
@@ -103,8 +111,21 @@ def test_overrides_reach_into_stages(tmp_path):
     assert recipe.stages[0].student.blocks == "sd-tiny"
 
 
-def test_a_dumped_recipe_loads_equal(tmp_path):
-    recipe = load_recipe("shapes/sd-small", ["train.lr=3e-4"])
+@pytest.mark.parametrize("shards", ["*.tar", "{00000..00003}.tar", "[x", "laion/{00..09}.tar", "no", "2024-01-01"])
+def test_overrides_take_shell_patterns_as_they_stand(shards):
+    assert load_recipe("shapes/sd-small", [f"data.shards={shards}"]).data.shards == shards
+
+
+def test_recipes_in_other_encodings_are_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes("# é".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not readable as YAML"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize("revision", ["12e4567", "main", "true"])
+def test_a_dumped_recipe_loads_equal(tmp_path, revision):
+    recipe = load_recipe("shapes/sd-small", ["train.lr=3e-4", f"teacher.revision='{revision}'"])
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from bkd.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from bkd.diffusion import NoiseSchedule
+from bkd.errors import TrainingError
 from bkd.methods.base import Batch, Diffusion
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.models import load_noise_schedule
@@ -95,6 +96,44 @@ def test_resuming_gives_the_same_weights_bit_for_bit(teacher, teacher_folder, da
         fit(kd(teacher, teacher_folder), data, tmp_path / "cut", stop_after_first)
     resumed = fit(kd(teacher, teacher_folder), data, tmp_path / "cut")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_student_trained_in_bfloat16_computes_plainly_afterwards(teacher, teacher_folder, data, tmp_path):
+    method = kd(teacher, teacher_folder)
+    fit(method, data, tmp_path, mixed_precision="bf16", max_steps=1)
+    student = method.trainable
+    plain = type(student).from_config(student.config)
+    plain.load_state_dict(student.state_dict())
+    x = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 24, 64)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(*x).sample, student(*x).sample)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(teacher, teacher_folder, data, tmp_path):
+    method = kd(teacher, teacher_folder)
+    before = method.trainable.conv_in.weight.detach().clone()
+    real = method.loss
+    method.loss = lambda batch, rng: (lambda t: type(t)(t.total * math.nan, t.parts))(real(batch, rng))
+    with pytest.raises(TrainingError, match=r"step 1: training diverged(.|\n)*lower train\.lr"):
+        fit(method, data, tmp_path)
+    assert torch.equal(method.trainable.conv_in.weight, before)
+
+
+def test_validation_pictures_show_the_average(teacher, teacher_folder, data, tmp_path):
+    method = kd(teacher, teacher_folder)
+    runs = []
+
+    def look(report):
+        weight = method.trainable.conv_in.weight
+        raw = weight.detach().clone()
+        with runs[0].averaged():
+            assert report.step == 1 or not torch.equal(weight, raw)
+        assert torch.equal(weight, raw)
+
+    runs.append(
+        Fit(method, data, Train(batch=8, lr=1e-3, max_steps=3, ema=0.9), seed=0, checkpoints=tmp_path, on_step=look)
+    )
+    runs[0].run()
 
 
 def test_a_request_to_stop_is_granted_after_the_step_with_a_checkpoint(teacher, teacher_folder, data, tmp_path):

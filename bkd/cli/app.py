@@ -7,7 +7,7 @@ import sys
 import typer
 
 from bkd.cli import evaluate, models, ship, train
-from bkd.cli.console import console, print_error
+from bkd.cli.console import print_error
 from bkd.errors import BkdError
 
 app = typer.Typer(
@@ -31,12 +31,9 @@ for verb in (
 
 
 def main() -> None:
-    """Run a command; a user's error is printed without a traceback and exits with 1, an interruption with 130."""
+    """Run a command; a user's error is printed without a traceback, and the exit code is 1."""
     try:
         app()
     except BkdError as error:
         print_error(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("stopped")
-        sys.exit(130)

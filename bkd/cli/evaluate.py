@@ -57,8 +57,7 @@ def eval_(
     from bkd.eval.run import Settings
     from bkd.eval.sample import drawing_settings
 
-    drawn_by = "shapes" if suite == "shapes" else models[0]
-    steps, guidance = drawing_settings(drawn_by, num_inference_steps, guidance_scale)
+    steps, guidance = drawing_settings(models[0], num_inference_steps, guidance_scale, suite=suite)
     texts = tuple(_prompts(None, prompts)) if suite == "prompts" else ()
     settings = Settings(suite, num_prompts, split, steps, guidance, seed, texts)
     with progress_view() as view:
@@ -74,7 +73,10 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if file is not None:
         if not file.is_file():
             raise DataError("no such file of prompts", where=file)
-        texts += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        try:
+            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError("the file of prompts is not UTF-8 text", where=file, got=error) from None
     if not texts:
         raise DataError("no prompts", remedy="add --prompt TEXT or --prompts FILE, with one prompt a line")
     return texts

@@ -21,13 +21,13 @@ def train(
     teacher: Annotated[Optional[str], typer.Option(help="Model to distil from, instead of the recipe's.")] = None,
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Run folder; default runs/RECIPE.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Start again where a run already is.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Show the resolved recipe and its size; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the resolved recipe and its size; train nothing.")] = False,
 ) -> None:
     """Distil a student as a recipe says; the same command again continues, or finds that it is done."""
     from bkd.recipe.load import load_recipe
 
     parsed = load_recipe(recipe, [*(overrides or ()), *([f"teacher.id={teacher}"] if teacher else ())])
-    folder = output or Path("runs") / Path(recipe).with_suffix("")
+    folder = output or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
     if dry_run:
         _show(parsed)
     elif _already_done(folder, parsed, overwrite):

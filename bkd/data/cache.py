@@ -1,6 +1,6 @@
 """Latents and token ids of a data set, computed once.
 
-The autoencoder costs about a third of a distillation step at 512 px (docs/data.md), so its output is stored: mean and
+The autoencoder costs about a third of a distillation step at 512 px, so its output is stored: mean and
 deviation, not a sample, so that every epoch can draw a fresh one. Text encoding is cheap and stays in the loop.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from bkd.data.images import decode_image, to_model_range
 from bkd.data.index import Sample
 from bkd.errors import DataError
+from bkd.files import write_atomically
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MAX_BAD_FRACTION = 0.1
 MAX_BATCH = 64
 MAX_PIXELS = 1 << 20
@@ -36,31 +37,37 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LatentSet:
-    """A cached data set, memory-mapped.
+    """A cached data set, memory-mapped when it is read.
 
     Attributes:
-        moments: Per shard (N_s, 2C, h, w), float16: posterior mean, then deviation, before the scaling factor.
-        token_ids: Per shard (N_s, L), int32.
+        parts: Per shard, the stem of its files: `<stem>.moments.npy`, (N_s, 2C, h, w), float16, posterior mean, then
+            deviation, before the scaling factor; `<stem>.ids.npy`, (N_s, L), int32, token ids.
+        counts: Per shard, N_s.
         fingerprint: Changes with the shards, the autoencoder, the tokenizer or the resolution.
         num_skipped: Samples left out because their image could not be decoded.
     """
 
-    moments: tuple[NDArray[np.float16], ...]
-    token_ids: tuple[NDArray[np.int32], ...]
+    parts: tuple[Path, ...]
+    counts: tuple[int, ...]
     fingerprint: str
     num_skipped: int
 
     def __len__(self) -> int:
-        return sum(len(m) for m in self.moments)
+        return sum(self.counts)
 
     def gather(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Moments (B, 2C, h, w), float32, and token ids (B, L), int64, of the samples with these numbers."""
-        starts = np.cumsum([0, *(len(m) for m in self.moments)])
+        starts = np.cumsum([0, *self.counts])
         shards = np.searchsorted(starts, indices, side="right") - 1
-        rows = indices - starts[shards]
-        moments = np.stack([self.moments[s][r] for s, r in zip(shards, rows, strict=True)])
-        ids = np.stack([self.token_ids[s][r] for s, r in zip(shards, rows, strict=True)])
+        rows = [_open(self.parts[shard]) for shard in shards], indices - starts[shards]
+        moments = np.stack([part[0][row] for part, row in zip(*rows, strict=True)])
+        ids = np.stack([part[1][row] for part, row in zip(*rows, strict=True)])
         return torch.from_numpy(moments).float(), torch.from_numpy(ids).long()
+
+
+@lru_cache(maxsize=64)  # every open map holds a file descriptor, of which a process has few
+def _open(stem: Path) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
+    return np.load(f"{stem}.moments.npy", mmap_mode="r"), np.load(f"{stem}.ids.npy", mmap_mode="r")
 
 
 def cache_latents(
@@ -99,12 +106,9 @@ def cache_latents(
             _encode_shard(stem, samples, vae, tokenizer, resolution, partial(_ahead, progress, done, total))
         done += len(samples)
         progress(done, total)
-    skipped = sum(json.loads(stem.with_suffix(".json").read_text())["skipped"] for stem in parts)
+    facts = [json.loads(stem.with_suffix(".json").read_text()) for stem in parts]
     return LatentSet(
-        tuple(np.load(f"{stem}.moments.npy", mmap_mode="r") for stem in parts),
-        tuple(np.load(f"{stem}.ids.npy", mmap_mode="r") for stem in parts),
-        fingerprint,
-        skipped,
+        tuple(parts), tuple(f["count"] for f in facts), fingerprint, num_skipped=sum(f["skipped"] for f in facts)
     )
 
 
@@ -150,7 +154,8 @@ def _encode_shard(
     np.save(f"{stem}.moments.npy", np.concatenate(moments))
     np.save(f"{stem}.ids.npy", ids.astype(np.int32))
     # Written last: it marks the shard as done.
-    stem.with_suffix(".json").write_text(json.dumps({"shard": samples[0].shard.name, "skipped": len(bad)}))
+    facts = {"shard": samples[0].shard.name, "count": len(captions), "skipped": len(bad)}
+    write_atomically(stem.with_suffix(".json"), json.dumps(facts))
 
 
 def _decoded(samples: Sequence[Sample], resolution: int, bad: list[str]) -> Iterator[tuple[Tensor, str]]:

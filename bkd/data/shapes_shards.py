@@ -14,7 +14,6 @@ from pathlib import Path
 from bkd.data.shapes import SIDE, WORLD_VERSION, Split, render, scene
 from bkd.data.shards import NewSample, write_shards
 
-EMBEDDED = "shapes"
 NUM_TRAIN = 10_000
 
 

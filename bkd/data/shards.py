@@ -49,7 +49,13 @@ def expand_shards(spec: str) -> list[Path]:
             remedy="download the shards first; commands in `pipe:` are never run",
         )
     found: list[Path] = []
-    for pattern in braceexpand(spec):
+    try:
+        patterns = list(braceexpand(spec))
+    except ValueError:  # braceexpand.UnbalancedBracesError
+        raise DataError(
+            "a brace in the shard pattern has no partner", where=spec, remedy="quote it: 'x/{00..99}.tar'"
+        ) from None
+    for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
             found += path.glob("*.tar")

@@ -9,7 +9,7 @@ from pathlib import Path
 from bkd.errors import ModelError
 from bkd.eval.pictures import with_unet
 from bkd.eval.run import Candidate
-from bkd.models import best_device, load_pipeline, locate, weights_digest
+from bkd.models import best_device, load_pipeline, locate, model_digest
 from bkd.run_folder import RunFolder
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
@@ -25,7 +25,7 @@ class Named:
 
     @property
     def digest(self) -> str:
-        return weights_digest(self.folder)
+        return model_digest(self.folder)
 
 
 def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
@@ -46,6 +46,9 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
         if not known:
             found.append(Named(f"teacher of {label}" if found else "teacher", original))
         found += [Named(f"{label} untrained", original, pruned_like=folder), Named(label, folder)]
+    names = [named.name for named in found]
+    if len(set(names)) < len(names):
+        raise ModelError("the same model is named twice", got=", ".join(names), remedy="name each model once")
     return found
 
 
@@ -58,7 +61,7 @@ def _labels(models: Sequence[str]) -> list[str]:
 def _teacher_of(run: RunFolder, teacher: str | None) -> Path:
     recipe = run.recipe()
     folder = locate(teacher or recipe.teacher.id, revision=None if teacher else recipe.teacher.revision)
-    if weights_digest(folder) != run.facts()["teacher_digest"]:
+    if model_digest(folder) != run.facts()["teacher_digest"]:
         raise ModelError(
             "this run was distilled from another teacher", where=run.path, got=teacher or recipe.teacher.id
         )

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from bkd.data.images import to_pixels
 
+MAX_BATCH = 50
+MAX_PIXELS = 1 << 20
+"""Images and pixels drawn at once: four images of 512 px."""
+
 
 @torch.no_grad()
 def generate(
@@ -19,7 +23,6 @@ def generate(
     num_inference_steps: int,
     guidance_scale: float,
     seed: int = 0,
-    batch: int = 50,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """One image for each prompt.
@@ -33,12 +36,13 @@ def generate(
         num_inference_steps: Denoising steps.
         guidance_scale: Of classifier-free guidance; 1 for none.
         seed: 0 or more.
-        batch: Images drawn at once.
         progress: Called with (done, N).
 
     Returns:
         (N, 3, H, W), uint8, on the CPU.
     """
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    batch = max(1, min(MAX_BATCH, MAX_PIXELS // side**2))
     images = []
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])

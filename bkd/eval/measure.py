@@ -8,8 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bkd.data.shapes import SIDE
+from bkd.errors import DataError
 from bkd.eval.candidates import load_candidate, name_candidates
 from bkd.eval.run import Settings, evaluate
+from bkd.models import native_resolution
 from bkd.run_folder import RunFolder
 
 
@@ -35,7 +38,8 @@ def measure(
         The folder and the report.
     """
     named = name_candidates(models, teacher)
-    folder = output or (RunFolder(Path(models[0])).eval if _is_run(models[0]) else Path("eval"))
+    single_run = len(models) == 1 and RunFolder(Path(models[0])).facts_file.is_file()
+    folder = output or (RunFolder(Path(models[0])).eval if single_run else Path("eval"))
     digests = {candidate.name: candidate.digest for candidate in named}
     known = folder / f"{settings.suite}.json"
     if known.is_file():
@@ -43,6 +47,15 @@ def measure(
         if report.get("digests") == digests and report["settings"] == json.loads(json.dumps(asdict(settings))):
             phase("already measured")
             return folder, report
+    for candidate in named:
+        if settings.suite == "shapes" and native_resolution(candidate.folder) != SIDE:
+            raise DataError(
+                "suite shapes measures models of the embedded world",
+                where=candidate.name,
+                got=f"a model that draws {native_resolution(candidate.folder)} px",
+                allowed=f"{SIDE} px",
+                remedy="add --suite prompts --prompts FILE",
+            )
     candidates = [load_candidate(candidate) for candidate in named]
     report = evaluate(
         candidates,
@@ -53,7 +66,3 @@ def measure(
         progress=lambda done, total: progress(done, total, ""),
     )
     return folder, report
-
-
-def _is_run(model: str) -> bool:
-    return RunFolder(Path(model)).facts_file.is_file()

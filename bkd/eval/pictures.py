@@ -35,7 +35,6 @@ def save_pairs(path: Path, teacher: StableDiffusionPipeline, student: UNet2DCond
             samples.prompts,
             num_inference_steps=samples.num_inference_steps,
             guidance_scale=samples.guidance_scale,
-            batch=4,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     side_by_side(columns, samples.prompts).save(path)

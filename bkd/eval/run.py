@@ -20,6 +20,7 @@ from bkd.errors import DataError, one_of
 from bkd.eval.generate import generate
 from bkd.eval.pictures import side_by_side
 from bkd.eval.statistics import mcnemar_p, proportion
+from bkd.files import write_atomically
 
 NUM_PICTURED = 8
 SUITES = ("shapes", "prompts")
@@ -107,7 +108,7 @@ def evaluate(
     output.mkdir(parents=True, exist_ok=True)
     pictured = {name: drawn[:NUM_PICTURED] for name, drawn in images.items()}
     side_by_side(pictured, prompts[:NUM_PICTURED]).save(output / f"{settings.suite}.png")
-    (output / f"{settings.suite}.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(output / f"{settings.suite}.json", json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -16,14 +16,16 @@ EMBEDDED_DRAWING = (20, 3.0)
 USUAL_DRAWING = (25, 7.5)
 
 
-def drawing_settings(model: str, steps: int | None, guidance: float | None) -> tuple[int, float]:
+def drawing_settings(
+    model: str, steps: int | None, guidance: float | None, *, suite: str = "prompts"
+) -> tuple[int, float]:
     """Denoising steps and guidance scale: as asked, else the run's own, else what the kind of model is used with."""
     run = RunFolder(Path(model))
     if run.facts_file.is_file():
         samples = run.recipe().samples
         usual = (samples.num_inference_steps, samples.guidance_scale)
     else:
-        usual = EMBEDDED_DRAWING if model == EMBEDDED else USUAL_DRAWING
+        usual = EMBEDDED_DRAWING if EMBEDDED in (model, suite) else USUAL_DRAWING
     return steps or usual[0], guidance or usual[1]
 
 
@@ -54,6 +56,8 @@ def sample_to_folder(
         progress=progress,
     )
     output.mkdir(parents=True, exist_ok=True)
+    for old in output.glob("[0-9][0-9][0-9][0-9].png"):
+        old.unlink()
     paths = [output / f"{index:04d}.png" for index in range(len(images))]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

@@ -21,11 +21,14 @@ REQUIRED = "???"
 """A value that the recipe leaves to the command line."""
 
 
+YAML_1_1_ONLY = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+
+
 class _Loader(yaml.SafeLoader):
     """Plain data, with numbers and booleans as in YAML 1.2: `1e-4` is a number, and `no` is a word."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML declares it so
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in YAML_1_1_ONLY]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -34,6 +37,12 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|fals
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever the loader above would not read back as text."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def recipes_folder() -> Path:
@@ -81,8 +90,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError("not readable as YAML", where=f"recipe {path.name}", got=error) from error
     if not isinstance(raw, dict):
         raise RecipeError("should be a mapping of keys", where=f"recipe {path.name}", got=type(raw).__name__)
@@ -116,7 +125,7 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str]
 
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML; loading it gives an equal recipe."""
-    return yaml.safe_dump(json.loads(TypeAdapter(Recipe).dump_json(recipe)), sort_keys=False)
+    return yaml.dump(json.loads(TypeAdapter(Recipe).dump_json(recipe)), Dumper=_Dumper, sort_keys=False)
 
 
 def result_keys(recipe: Recipe) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def _inside(key: str, parent: str) -> bool:
 def _flatten(value: object, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         pairs = value.items()
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         pairs = {str(i): item for i, item in enumerate(value)}.items()
     else:
         return {prefix: value}
@@ -154,13 +163,21 @@ def _apply(raw: dict[str, Any], override: str, problems: list[str]) -> None:
         else:
             problems.append(f"{key}: there is no '{name}' to set a value in")
             return
-    value = yaml.load(text, Loader=_Loader)
+    value = _value(text)
     if isinstance(node, list) and last.isdigit() and int(last) < len(node):
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
         problems.append(f"{key}: there is no such item")
+
+
+def _value(text: str) -> Any:
+    """An override's value: YAML where it is, and text as it stands where it is not, such as `{00000..00099}.tar`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
 
 
 EXPECTED = {
@@ -211,10 +228,10 @@ def _required_problems(raw: Mapping[str, Any]) -> list[str]:
 
 def _range_problems(recipe: Recipe) -> list[str]:
     problems = []
-    flat = _flatten(json.loads(TypeAdapter(Recipe).dump_json(recipe)))
-    for key, (low, high) in RANGES.items():
-        value = flat.get(key)
-        if value is not None and not low <= value <= high:
+    flat = _flatten(dataclasses.asdict(recipe))
+    for key, value in flat.items():
+        low, high = RANGES.get(re.sub(r"\.\d+(?=\.|$)", "", key), (None, None))
+        if low is not None and value is not None and not low <= value <= high:
             problems.append(f"{key}: should lie between {low:g} and {high:g} (got {value!r})")
     if len(recipe.stages) != 1:
         problems.append(f"stages: should have exactly one stage (got {len(recipe.stages)})")
@@ -225,6 +242,9 @@ def _range_problems(recipe: Recipe) -> list[str]:
                 f"stages.{index}.student.blocks: unknown preset '{stage.student.blocks}'{near} "
                 f"(allowed: {', '.join(PRESET_NAMES)})"
             )
+        loss = stage.method.loss
+        if not (loss.task or loss.output_kd or loss.feature_kd):
+            problems.append(f"stages.{index}.method.loss: at least one weight should not be 0")
     if recipe.train.batch % recipe.train.grad_accum:
         problems.append(
             f"train.batch: {recipe.train.batch} images cannot be split into {recipe.train.grad_accum} passes"

@@ -156,7 +156,7 @@ class Recipe:
 
     Attributes:
         seed: Of data order, noise, timesteps and dropout.
-        stages: In order; each starts from what the one before it made.
+        stages: What is trained, in order; one for now.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
@@ -169,6 +169,7 @@ class Recipe:
 
 
 RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
     "data.resolution": (8, 8192),
     "train.batch": (1, 1_000_000),
     "train.grad_accum": (1, 1_000_000),
@@ -176,6 +177,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.warmup_steps": (0, 1e12),
     "train.max_steps": (1, 1e12),
     "train.weight_decay": (0, 10),
+    "train.betas": (0, 0.999999),
     "train.max_grad_norm": (0, 1e12),
     "train.ema": (0, 1),
     "train.prompt_dropout": (0, 1),
@@ -183,10 +185,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.keep_checkpoints": (1, 1e6),
     "train.log_every": (1, 1e12),
     "train.samples_every": (0, 1e12),
+    "stages.method.loss.task": (0, 1e6),
+    "stages.method.loss.output_kd": (0, 1e6),
+    "stages.method.loss.feature_kd": (0, 1e6),
     "samples.num_inference_steps": (1, 1000),
     "samples.guidance_scale": (1, 100),
 }
-"""Allowed ranges, ends included, of the numeric keys."""
+"""Allowed ranges, ends included, of the numeric keys; list positions are left out."""
 
 FREE_KEYS = (
     "data.cache_dir",

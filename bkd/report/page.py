@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bkd.errors import OutputError
+from bkd.files import write_atomically
 from bkd.report.curves import Curve, curve_svg
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
@@ -46,10 +47,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     environment = Environment(loader=PackageLoader("bkd.report"), autoescape=True, undefined=StrictUndefined)
     environment.filters["percent"] = lambda value: f"{value:.1%}"
     page = environment.get_template("report.html").render(runs=views)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(output)
+    write_atomically(output, page)
     return output
 
 
@@ -79,12 +77,14 @@ def _curves(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
 
 def _curve(lines: Sequence[dict[str, Any]], name: str) -> Curve:
     is_loss = name != "lr"
-    return Curve(tuple((line["step"], line[name]) for line in lines), logarithmic=is_loss, noisy=is_loss)
+    points = tuple((line["step"], line[name]) for line in lines if line.get(name) is not None)
+    return Curve(points, logarithmic=is_loss, noisy=is_loss)
 
 
 def _pictures(run: RunFolder) -> tuple[tuple[str, str], ...]:
     """Evaluation pictures first, then the newest validation picture, as data URLs."""
-    paths = sorted(run.eval.glob("*.png")) + sorted(run.samples.glob("*.png"))[-1:]
+    validation = sorted(run.samples.glob("*-final.png")) or sorted(run.samples.glob("*.png"))
+    paths = sorted(run.eval.glob("*.png")) + validation[-1:]
     titles = {"shapes": "evaluation prompts, same noise for every model", "prompts": "your prompts, same noise"}
     return tuple((titles.get(path.stem, "validation prompts"), _data_url(path)) for path in paths)
 

@@ -10,11 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Sites = Literal["block", "bk"]
 """Which activations feature KD compares: after every block (Segmind), or BK-SDM's own choice."""
-SITES: tuple[Sites, ...] = get_args(Sites)
 
 PLAN_FILE = "bkd_plan.json"
 
@@ -33,7 +32,7 @@ class RemovalPlan:
 
     Attributes:
         name: The preset's name, or the list of units.
-        removed: Unit ids, as `bkd inspect` prints them.
+        removed: Unit ids: `down.1.1` is layer 1 of `down_blocks.1`, `level.3` a whole level, `mid` the mid block.
         overrides: Keyword arguments for `from_config`, read back from the built model and compared.
         renamed: Student module prefix -> teacher module prefix; what is not listed keeps its name.
         feature_pairs: For each choice of sites, the pairs from input to output.
