@@ -269,9 +269,9 @@ def test_a_crash_at_the_very_start_does_not_block_the_folder(tmp_path):
 
 def test_evaluating_several_models_leaves_their_own_results_alone(bkd, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = (finished / "eval" / "shapes.json").read_bytes()
+    before = {path: path.read_bytes() for path in (finished / "eval").glob("*")}
     code, _ = bkd("eval", finished, "shapes", "--num-prompts", 2, "--num-inference-steps", 1)
-    assert code == 0 and (finished / "eval" / "shapes.json").read_bytes() == before
+    assert code == 0 and {path: path.read_bytes() for path in (finished / "eval").glob("*")} == before
     names = [model["name"] for model in json.loads((tmp_path / "eval" / "shapes.json").read_text())["models"]]
     assert names == ["teacher", "small untrained", "small", "shapes"]
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from bkd.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
@@ -98,6 +99,15 @@ def test_resuming_gives_the_same_weights_bit_for_bit(teacher, teacher_folder, da
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+@pytest.fixture
+def another_precision():
+    """accelerate allows one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("another_precision")
 def test_a_student_trained_in_bfloat16_computes_plainly_afterwards(teacher, teacher_folder, data, tmp_path):
     method = kd(teacher, teacher_folder)
     fit(method, data, tmp_path, mixed_precision="bf16", max_steps=1)
