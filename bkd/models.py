@@ -48,7 +48,8 @@ def locate(name: str | Path, *, revision: str | None = None) -> Path:
     folder = Path(name).expanduser()
     if (folder / "run.json").is_file() and not (folder / "model_index.json").is_file():
         if not (folder / "student").is_dir():
-            raise ModelError("this run has no finished student yet", where=folder, remedy="finish it: bkd train …")
+            command = _read_json(folder / "run.json").get("command", "bkd train RECIPE -o RUN")
+            raise ModelError("this run has no finished student yet", where=folder, remedy=f"finish it: {command}")
         folder = folder / "student"
     if not folder.is_dir():
         folder = _download(str(name), revision)

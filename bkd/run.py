@@ -156,7 +156,7 @@ def _run_stage(
 ) -> None:
     last = number == len(recipe.stages) - 1
     output = run.student if last else run.path / "stages" / f"{number:02d}-{stage.method.name}" / "student"
-    if output.is_dir():
+    if any(output.glob("unet/*.safetensors")):
         return
     student = build_student(pipe.unet, plan)
     method = KnowledgeDistillation(

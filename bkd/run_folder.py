@@ -75,7 +75,7 @@ class RunFolder:
             facts: dict[str, Any] = json.loads(self.facts_file.read_text())
         except ValueError as error:
             raise OutputError(
-                "run.json cannot be read", where=self.path, got=error, remedy="choose another -o"
+                "run.json cannot be read", where=self.path, got=error, remedy="restore it, or use another folder"
             ) from None
         return facts
 
@@ -121,8 +121,12 @@ def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False) -> tuple[Ru
     if not run.facts_file.is_file() or not run.recipe_file.is_file():
         names = ", ".join(sorted(p.name for p in held)[:4])
         raise OutputError("the run folder holds something else", where=path, got=names, remedy="choose another -o")
+    if not (path / "checkpoints").exists() and not run.student.exists():
+        _start(run, recipe)  # stopped before the first checkpoint: nothing to continue, nothing to lose
+        return run, "new"
     _require_same_recipe(run, recipe)
-    return run, "done" if run.facts().get("status") == "done" and run.student.is_dir() else "continue"
+    has_weights = any(run.student.glob("unet/*.safetensors"))
+    return run, "done" if run.facts().get("status") == "done" and has_weights else "continue"
 
 
 def _refuse_own_teacher(run: RunFolder, recipe: Recipe) -> None:
@@ -137,6 +141,7 @@ def _refuse_own_teacher(run: RunFolder, recipe: Recipe) -> None:
 def _start(run: RunFolder, recipe: Recipe) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomically(run.recipe_file, dump_recipe(recipe))
+    run.facts_file.unlink(missing_ok=True)
     versions = {name: installed_version(name) for name in PACKAGES}
     run.record(status="running", bkd=__version__, python=platform.python_version(), versions=versions)
 

@@ -216,6 +216,7 @@ def test_doctor_lists_versions(bkd):
         (["eval", "shapes", "--suite", "prompts"], "no prompts"),
         (["sample", "shapes", "-o", "out"], "no prompts"),
         (["report", "nowhere"], "not a run folder"),
+        (["train", "shapes/sd-small", "data.cache_dir=/proc/nowhere"], "/proc/nowhere"),
     ],
 )
 def test_bad_input_is_an_error_and_writes_nothing(bkd, tmp_path, monkeypatch, arguments, message):
@@ -256,6 +257,27 @@ def test_overwrite_spares_a_teacher_inside_the_run(tmp_path):
     with pytest.raises(OutputError, match="the teacher lies inside the run"):
         open_run(tmp_path, again, overwrite=True)
     assert run.facts_file.is_file()
+
+
+def test_a_run_that_never_got_going_does_not_block_its_folder(tmp_path):
+    from bkd.recipe.load import load_recipe
+    from bkd.run_folder import open_run
+
+    run, _ = open_run(tmp_path, load_recipe("shapes/sd-small"))
+    run.record(teacher_digest="of a teacher that was the wrong one")
+    again, state = open_run(tmp_path, load_recipe("shapes/sd-tiny"))
+    assert state == "new" and "teacher_digest" not in again.facts()
+
+
+def test_a_student_that_lost_its_weights_is_not_done(finished, tmp_path):
+    import shutil
+
+    from bkd.run_folder import RunFolder, open_run
+
+    copy = RunFolder(shutil.copytree(finished, tmp_path / "copy"))
+    assert open_run(copy.path, copy.recipe())[1] == "done"
+    (copy.student / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert open_run(copy.path, copy.recipe())[1] == "continue"
 
 
 def test_a_crash_at_the_very_start_does_not_block_the_folder(tmp_path):

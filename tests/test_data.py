@@ -104,6 +104,8 @@ def test_shard_patterns(tmp_path):
     assert expand_shards(str(tmp_path)) == expected
     assert expand_shards(str(tmp_path / "*.tar")) == expected
     assert expand_shards(str(tmp_path / "{00000..00002}.tar")) == expected
+    (tmp_path / "odd[1].tar").touch()
+    assert expand_shards(str(tmp_path / "odd[1].tar")) == [tmp_path / "odd[1].tar"]
     with pytest.raises(DataError, match="no shards found"):
         expand_shards(str(tmp_path / "nothing-*.tar"))
 

@@ -310,6 +310,10 @@ def assemble(work: Path, output: Path) -> None:
         requires_safety_checker=False,
     )
     pipe.to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
+    for config in output.glob("*/config.json"):  # saving notes where a part was loaded from
+        facts = json.loads(config.read_text())
+        facts.pop("_name_or_path", None)
+        config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     # The name that transformers 4 and 5 both know; saving writes the class of whichever is installed.
     index = output / "model_index.json"
     index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))

@@ -34,6 +34,6 @@ def main() -> None:
     """Run a command; a user's error is printed without a traceback, and the exit code is 1."""
     try:
         app()
-    except BkdError as error:
+    except (BkdError, OSError) as error:  # a full disk or a forbidden folder is the user's to mend, too
         print_error(str(error))
         sys.exit(1)

@@ -63,7 +63,7 @@ def eval_(
     with progress_view() as view:
         folder, report = measure(models, teacher, settings, output, view.phase, view.update)
     _show(report)
-    console.print(f"written: {folder / f'{suite}.json'}")
+    console.print(f"report: {folder / f'{suite}.json'}")
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:

@@ -71,19 +71,21 @@ def inspect(
 def prune(
     teacher: Annotated[str, typer.Argument(help="shapes, a pipeline folder or a Hub id.")],
     blocks: Annotated[str, typer.Option(help="Preset: sd-small (bk-base), bk-small, sd-tiny (bk-tiny).")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder to write.")] = None,
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show plan and cost; write nothing.")] = False,
 ) -> None:
     """Remove blocks from a model's UNet and write the student as a stock pipeline folder."""
+    if output is None and not dry_run:
+        raise typer.BadParameter("needed unless --dry-run is given", param_hint="-o")
     prepare()
     from bkd.models import locate
     from bkd.prune import plan_pruning
     from bkd.prune import prune as write_pruned
 
     folder = locate(teacher, revision=revision)
-    if dry_run:
+    if dry_run or output is None:
         pruning = plan_pruning(folder, blocks)
     else:
         pruning = write_pruned(folder, teacher, blocks, output, overwrite=overwrite)

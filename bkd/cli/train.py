@@ -76,7 +76,7 @@ def _train(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
         try:
             run_recipe(recipe, run, inputs, listener)
-        except Interrupted:
-            console.print("stopped after a checkpoint; run the same command to continue")
+        except (Interrupted, KeyboardInterrupt):
+            console.print("stopped; run the same command to continue")
             raise typer.Exit(130) from None
     console.print(f"done: {run.student} is a stock diffusers pipeline folder")

@@ -59,6 +59,8 @@ def expand_shards(spec: str) -> list[Path]:
         path = Path(pattern).expanduser()
         if path.is_dir():
             found += path.glob("*.tar")
+        elif path.is_file():
+            found.append(path)
         elif any(c in pattern for c in "*?["):
             found += Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path))
         else:

@@ -90,15 +90,19 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError("not readable as YAML", where=f"recipe {path.name}", got=error) from error
+        raise RecipeError("not readable as YAML", where=f"recipe {name}", got=error) from error
+    if raw is None:
+        raise RecipeError(
+            "is empty", where=f"recipe {name}", remedy=f"start from one of {', '.join(packaged_recipes())}"
+        )
     if not isinstance(raw, dict):
-        raise RecipeError("should be a mapping of keys", where=f"recipe {path.name}", got=type(raw).__name__)
+        raise RecipeError("should be a mapping of keys", where=f"recipe {name}", got=type(raw).__name__)
     problems: list[str] = []
     for override in overrides:
         _apply(raw, override, problems)
-    return parse_recipe(raw, source=f"recipe {path.name}", problems=problems)
+    return parse_recipe(raw, source=f"recipe {name}", problems=problems)
 
 
 def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str] = ()) -> Recipe:
@@ -115,8 +119,9 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str]
     except ValidationError as error:
         found += [_explain(dict(problem)) for problem in error.errors()]
     found += _required_problems(raw)
+    found += _range_problems(raw)
     if recipe is not None:
-        found += _range_problems(recipe)
+        found += _conflicts(recipe)
     if found or recipe is None:
         count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
         raise RecipeError("\n".join([count, *(f"  {line}" for line in found)]), where=source)
@@ -226,26 +231,31 @@ def _required_problems(raw: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _range_problems(recipe: Recipe) -> list[str]:
+def _range_problems(raw: Mapping[str, Any]) -> list[str]:
+    """Numbers out of range and unknown presets, found even where other keys are of the wrong type."""
     problems = []
-    flat = _flatten(dataclasses.asdict(recipe))
-    for key, value in flat.items():
-        low, high = RANGES.get(re.sub(r"\.\d+(?=\.|$)", "", key), (None, None))
-        if low is not None and value is not None and not low <= value <= high:
-            problems.append(f"{key}: should lie between {low:g} and {high:g} (got {value!r})")
+    for key, value in _flatten(raw).items():
+        name = re.sub(r"\.\d+(?=\.|$)", "", key)  # without positions in lists
+        if name in RANGES and isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = RANGES[name]
+            if not low <= value <= high:
+                problems.append(f"{key}: should lie between {low:g} and {high:g} (got {value!r})")
+        if name == "stages.student.blocks" and isinstance(value, str) and value not in PRESET_NAMES:
+            near = suggest(value, PRESET_NAMES)
+            problems.append(f"{key}: unknown preset '{value}'{near} (allowed: {', '.join(PRESET_NAMES)})")
+    return problems
+
+
+def _conflicts(recipe: Recipe) -> list[str]:
+    """Values that are fine by themselves and not together."""
+    problems = []
     if len(recipe.stages) != 1:
         problems.append(f"stages: should have exactly one stage (got {len(recipe.stages)})")
     for index, stage in enumerate(recipe.stages):
-        if stage.student.blocks not in PRESET_NAMES:
-            near = suggest(stage.student.blocks, PRESET_NAMES)
-            problems.append(
-                f"stages.{index}.student.blocks: unknown preset '{stage.student.blocks}'{near} "
-                f"(allowed: {', '.join(PRESET_NAMES)})"
-            )
         loss = stage.method.loss
         if not (loss.task or loss.output_kd or loss.feature_kd):
             problems.append(f"stages.{index}.method.loss: at least one weight should not be 0")
-    if recipe.train.batch % recipe.train.grad_accum:
+    if recipe.train.grad_accum > 0 and recipe.train.batch % recipe.train.grad_accum:
         problems.append(
             f"train.batch: {recipe.train.batch} images cannot be split into {recipe.train.grad_accum} passes"
         )

@@ -38,11 +38,13 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
 
     Args:
         runs: Run folders; unfinished ones show what they have so far.
-        output: The HTML file; replaced when it exists.
+        output: The HTML file, replaced when it exists, or a folder for `report.html`.
 
     Raises:
         OutputError: If a folder is not a run.
     """
+    if output.is_dir():
+        output = output / "report.html"
     views = [_view(RunFolder(path)) for path in runs]
     environment = Environment(loader=PackageLoader("bkd.report"), autoescape=True, undefined=StrictUndefined)
     environment.filters["percent"] = lambda value: f"{value:.1%}"
