@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class ProgressView:
         self._progress.update(self._task, completed=done, total=total, description=text)
 
     def step(self, report: StepReport) -> None:
-        terms = "  ".join(f"{name.removesuffix('_loss')} {value:.4f}" for name, value in report.parts.items())
+        terms = "  ".join(f"{name.removesuffix('_loss')} {value:.3g}" for name, value in report.parts.items())
         self.update(report.step, report.max_steps, terms)
 
     def resumed(self, step: int) -> None:
@@ -89,9 +89,10 @@ class ProgressView:
 
 @contextmanager
 def progress_view() -> Iterator[ProgressView]:
-    """A bar with counts, elapsed and remaining time; plain lines where the output is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as progress:
+    """A bar with counts and remaining time; plain lines where the output is no terminal."""
+    # Narrow enough for the three loss terms and the ETA to share 80 columns.
+    columns = (TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TextColumn("ETA"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         view = ProgressView(progress) if console.is_terminal else PlainView(progress)
         yield view
         view.close()
