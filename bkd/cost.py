@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
+from bkd.surgery.probe import as_arguments, unet_inputs
 
 ATTENTION_MATMULS = ("bmm", "baddbmm", "scaled_dot_product")
 """Operators that only attention uses in a UNet; published BK-SDM figures leave them out."""
@@ -57,12 +58,8 @@ def count_flops(unet: UNet2DConditionModel, num_tokens: int) -> dict[str, dict[A
     Returns:
         Module path (`Global` for all) -> operator -> operations.
     """
-    side = unet.config.sample_size
+    inputs = unet_inputs(unet.config, side=unet.config.sample_size, num_tokens=num_tokens, seed=None)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        unet(
-            torch.empty(1, unet.config.in_channels, side, side),
-            torch.empty(1, dtype=torch.int64),
-            torch.empty(1, num_tokens, unet.config.cross_attention_dim),
-        )
+        unet(**as_arguments(inputs))
     counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
     return counts

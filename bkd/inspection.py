@@ -57,13 +57,13 @@ def _named_blocks(unet: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _fits(config: dict[str, Any], preset: str) -> bool:
     try:
-        plan_preset(config, preset)
+        plan_removal(config, preset)
     except SurgeryError:
         return False
     return True
 
 
 def _preset(config: dict[str, Any], name: str, tokens: int) -> dict[str, Any]:
-    cost = unet_cost(config, plan_preset(config, name), num_tokens=tokens)
+    cost = unet_cost(config, plan_removal(config, name), num_tokens=tokens)
     aliases = [alias for alias, known in ALIASES.items() if known == name]
     return {"name": name, "aliases": aliases, "parameters": cost.parameters, "macs": cost.macs}

@@ -11,7 +11,7 @@ from bkd.models import load_unet, model_digest, prompt_length, stored_dtype, une
 from bkd.student_folder import require_free, write_student
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import RemovalPlan
-from bkd.surgery.unet import plan_preset
+from bkd.surgery.unet import plan_removal
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def plan_pruning(teacher: Path, blocks: str) -> Pruning:
         SurgeryError: If the preset is unknown or does not fit the teacher.
     """
     config = unet_config(teacher)
-    plan = plan_preset(config, blocks)
+    plan = plan_removal(config, blocks)
     tokens = prompt_length(teacher)
     return Pruning(plan, unet_cost(config, num_tokens=tokens), unet_cost(config, plan, num_tokens=tokens))
 

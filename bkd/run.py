@@ -34,7 +34,7 @@ from bkd.run_folder import RunFolder
 from bkd.student_folder import write_student
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import RemovalPlan
-from bkd.surgery.unet import plan_preset
+from bkd.surgery.unet import plan_removal
 from bkd.tracking import MetricsLog
 from bkd.train import Fit, StepReport
 
@@ -100,7 +100,7 @@ def check_inputs(recipe: Recipe) -> Inputs:
             allowed="no, bf16",
             remedy="train.mixed_precision=no",
         )
-    plans = tuple(plan_preset(unet_config(teacher), stage.student.blocks) for stage in recipe.stages)
+    plans = tuple(plan_removal(unet_config(teacher), stage.student.blocks) for stage in recipe.stages)
     if recipe.data.shards == EMBEDDED:
         paths = expand_shards(str(ensure_shapes_shards(cache_folder(recipe))))
     else:

@@ -126,10 +126,10 @@ def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path):
 
 def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher, tmp_path):
     from bkd.surgery.build import build_student
-    from bkd.surgery.unet import plan_preset
+    from bkd.surgery.unet import plan_removal
 
     prune(teacher_folder, "shapes", "sd-small", tmp_path / "out")
-    student = build_student(teacher.unet, plan_preset(teacher.unet.config, "sd-small")).state_dict()
+    student = build_student(teacher.unet, plan_removal(teacher.unet.config, "sd-small")).state_dict()
     pruned = load_unet(tmp_path / "out").state_dict()
     assert all(torch.equal(tensor, pruned[name]) for name, tensor in student.items())
 

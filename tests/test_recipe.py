@@ -13,7 +13,7 @@ from bkd.recipe.load import (
     result_keys,
 )
 from bkd.recipe.schema import Recipe
-from bkd.surgery.unet import PRESET_NAMES
+from bkd.surgery.presets import PRESET_NAMES
 
 
 @pytest.mark.parametrize("name", packaged_recipes())

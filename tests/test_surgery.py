@@ -10,7 +10,8 @@ from bkd.cost import unet_cost
 from bkd.errors import SurgeryError
 from bkd.surgery.build import build_empty, build_student
 from bkd.surgery.plan import RemovalPlan
-from bkd.surgery.unet import PRESET_NAMES, plan_preset
+from bkd.surgery.presets import PRESET_NAMES
+from bkd.surgery.unet import plan_removal
 from tests.conftest import SD1, SD2
 
 COUNTS = {
@@ -40,7 +41,7 @@ def inputs(unet, seed=0):
 @pytest.mark.parametrize(("model", "preset"), COUNTS)
 def test_published_parameter_counts(model, preset):
     config = {"SD1": SD1, "SD2": SD2}[model]
-    unet = build_empty(config, plan_preset(config, preset))
+    unet = build_empty(config, plan_removal(config, preset))
     assert sum(p.numel() for p in unet.parameters()) == COUNTS[model, preset]
 
 
@@ -49,14 +50,14 @@ def test_published_parameter_counts(model, preset):
     [("none", 338.6, 401.6), ("sd-small", 223.7, 261.5), ("bk-small", 217.6, 255.4), ("sd-tiny", 205.0, 242.8)],
 )
 def test_published_macs(preset, without_attention, total):
-    cost = unet_cost(SD1, plan_preset(SD1, preset))
+    cost = unet_cost(SD1, plan_removal(SD1, preset))
     assert round(cost.macs_without_attention / 1e9, 1) == without_attention
     assert round(cost.macs / 1e9, 1) == total
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_every_tensor_is_the_teachers(teacher, preset):
-    plan = plan_preset(teacher.unet.config, preset)
+    plan = plan_removal(teacher.unet.config, preset)
     student = build_student(teacher.unet, plan)
     theirs = teacher.unet.state_dict()
     for key, tensor in student.state_dict().items():
@@ -66,7 +67,7 @@ def test_every_tensor_is_the_teachers(teacher, preset):
 
 
 def test_removing_nothing_changes_nothing(teacher):
-    student = build_student(teacher.unet, plan_preset(teacher.unet.config, "none"))
+    student = build_student(teacher.unet, plan_removal(teacher.unet.config, "none"))
     x = inputs(teacher.unet)
     with torch.no_grad():
         assert torch.equal(student(*x).sample, teacher.unet(*x).sample)
@@ -74,7 +75,7 @@ def test_removing_nothing_changes_nothing(teacher):
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_saved_and_reloaded_students_compute_the_same(teacher, preset, tmp_path):
-    student = build_student(teacher.unet, plan_preset(teacher.unet.config, preset))
+    student = build_student(teacher.unet, plan_removal(teacher.unet.config, preset))
     student.save_pretrained(tmp_path)
     reloaded, info = UNet2DConditionModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -86,13 +87,13 @@ def test_saved_and_reloaded_students_compute_the_same(teacher, preset, tmp_path)
 
 
 def test_overrides_are_read_back(teacher):
-    plan = plan_preset(teacher.unet.config, "bk-small")
+    plan = plan_removal(teacher.unet.config, "bk-small")
     student = build_student(teacher.unet, plan)
     assert student.config.mid_block_type is None and student.config.layers_per_block == 1
 
 
 def test_an_override_that_diffusers_ignores_is_noticed(teacher):
-    plan = plan_preset(teacher.unet.config, "none")
+    plan = plan_removal(teacher.unet.config, "none")
     bent = RemovalPlan(**{**vars(plan), "overrides": {"layers_per_block": [1, 1, 1, 1]}})
     with pytest.raises(SurgeryError, match=r"does not fit this teacher|ignored an override"):
         build_student(teacher.unet, RemovalPlan(**{**vars(bent), "renamed": {"up_blocks.0": "up_blocks.9"}}))
@@ -101,11 +102,11 @@ def test_an_override_that_diffusers_ignores_is_noticed(teacher):
 def test_a_plan_for_another_teacher_is_refused(teacher):
     narrower = {**teacher.unet.config, "block_out_channels": (32, 64, 64, 64)}
     with pytest.raises(SurgeryError, match="does not fit this teacher"):
-        build_student(teacher.unet, RemovalPlan(**{**vars(plan_preset(narrower, "sd-tiny")), "renamed": {}}))
+        build_student(teacher.unet, RemovalPlan(**{**vars(plan_removal(narrower, "sd-tiny")), "renamed": {}}))
 
 
 def test_tiny_renames_blocks_and_layers():
-    plan = plan_preset(SD1, "sd-tiny")
+    plan = plan_removal(SD1, "sd-tiny")
     assert plan.source_of("up_blocks.0.resnets.0.conv1.weight") == "up_blocks.1.resnets.0.conv1.weight"
     assert plan.source_of("up_blocks.0.resnets.1.conv1.weight") == "up_blocks.1.resnets.2.conv1.weight"
     assert plan.source_of("up_blocks.1.upsamplers.0.conv.bias") == "up_blocks.2.upsamplers.0.conv.bias"
@@ -115,7 +116,7 @@ def test_tiny_renames_blocks_and_layers():
 
 def test_feature_sites_are_those_of_the_papers():
     def sites(preset, kind):
-        return [(p.teacher, p.student) for p in plan_preset(SD1, preset).feature_pairs[kind]]
+        return [(p.teacher, p.student) for p in plan_removal(SD1, preset).feature_pairs[kind]]
 
     down, up = [f"down_blocks.{i}" for i in range(4)], [f"up_blocks.{i}" for i in range(4)]
     assert sites("sd-small", "block") == [(n, n) for n in [*down, "mid_block", *up]]
@@ -127,7 +128,7 @@ def test_feature_sites_are_those_of_the_papers():
 
 
 def test_plans_survive_json():
-    plan = plan_preset(SD2, "sd-tiny")
+    plan = plan_removal(SD2, "sd-tiny")
     again = RemovalPlan.from_json(json.dumps({**json.loads(plan.to_json()), "teacher": "a further fact"}))
     assert again.source_of("up_blocks.0.resnets.1.x") == plan.source_of("up_blocks.0.resnets.1.x")
     assert again.feature_pairs == plan.feature_pairs and again.removed == plan.removed
@@ -135,15 +136,15 @@ def test_plans_survive_json():
 
 def test_unknown_presets_name_the_nearest():
     with pytest.raises(SurgeryError, match=r"unknown preset 'sd-smal'; did you mean 'sd-small'\?"):
-        plan_preset(SD1, "sd-smal")
+        plan_removal(SD1, "sd-smal")
 
 
 def test_a_student_cannot_be_pruned_by_preset_again(teacher):
-    student = build_student(teacher.unet, plan_preset(teacher.unet.config, "sd-small"))
+    student = build_student(teacher.unet, plan_removal(teacher.unet.config, "sd-small"))
     with pytest.raises(SurgeryError, match="needs a teacher with two layers in every block"):
-        plan_preset(student.config, "sd-small")
+        plan_removal(student.config, "sd-small")
 
 
 def test_the_innermost_level_stays_when_widths_differ():
     with pytest.raises(SurgeryError, match="innermost level can only go when the level above it is as wide"):
-        plan_preset({**SD1, "block_out_channels": [320, 640, 960, 1280]}, "sd-tiny")
+        plan_removal({**SD1, "block_out_channels": [320, 640, 960, 1280]}, "sd-tiny")

@@ -18,7 +18,7 @@ from bkd.models import load_noise_schedule
 from bkd.recipe.schema import LossWeights, Train
 from bkd.rng import StepRng
 from bkd.surgery.build import build_student
-from bkd.surgery.unet import plan_preset
+from bkd.surgery.unet import plan_removal
 from bkd.tracking import MetricsLog, read_metrics
 from bkd.train import Fit, Interrupted, StopSignal, learning_rate
 from tests.test_data import cached
@@ -30,7 +30,7 @@ def data(teacher, shards, tmp_path_factory):
 
 
 def kd(teacher, teacher_folder, preset="sd-tiny", weights=None, sites="block"):
-    plan = plan_preset(teacher.unet.config, preset)
+    plan = plan_removal(teacher.unet.config, preset)
     diffusion = Diffusion(
         schedule=load_noise_schedule(teacher_folder),
         scaling_factor=teacher.vae.config.scaling_factor,

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bkd.errors import RecipeError, suggest
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe
-from bkd.surgery.unet import PRESET_NAMES
+from bkd.surgery.presets import PRESET_NAMES
 
 REQUIRED = "???"
 """A value that the recipe leaves to the command line."""

@@ -11,12 +11,15 @@ from bkd.errors import SurgeryError
 from bkd.surgery.plan import RemovalPlan
 
 
-def build_student(teacher: UNet2DConditionModel, plan: RemovalPlan) -> UNet2DConditionModel:
-    """A stock UNet with the plan's architecture and the teacher's remaining weights, copied.
+def build_student(
+    teacher: UNet2DConditionModel, plan: RemovalPlan, *, share_base: bool = False
+) -> UNet2DConditionModel:
+    """A stock UNet with the plan's architecture and the teacher's remaining weights.
 
     Args:
         teacher: Not changed.
         plan: Made for a teacher of this configuration.
+        share_base: Make the student's parameters the teacher's own, frozen, instead of copies.
 
     Returns:
         On the teacher's device and in its dtype; every tensor equals its mapped teacher tensor bit for bit.
@@ -28,7 +31,8 @@ def build_student(teacher: UNet2DConditionModel, plan: RemovalPlan) -> UNet2DCon
         # Edits must be keyword arguments: from_config drops edited keys that the checkpoint itself did not set.
         student = UNet2DConditionModel.from_config(teacher.config, **plan.overrides)
     _read_back(student, plan)
-    theirs = teacher.state_dict()
+    # Sharing means the same Parameter objects: with these, and only these, it survives casts and moves.
+    theirs = teacher.state_dict(keep_vars=share_base)
     state = {}
     for key, planned in student.state_dict().items():
         source = plan.source_of(key)
@@ -41,9 +45,9 @@ def build_student(teacher: UNet2DConditionModel, plan: RemovalPlan) -> UNet2DCon
                 allowed=f"shape {tuple(planned.shape)}",
                 remedy="make the plan from this teacher's own configuration",
             )
-        state[key] = theirs[source].detach().clone()
+        state[key] = theirs[source] if share_base else theirs[source].detach().clone()
     student.load_state_dict(state, strict=True, assign=True)
-    return student.requires_grad_(True).eval()
+    return student.requires_grad_(not share_base).eval()
 
 
 def build_empty(config: dict[str, Any], plan: RemovalPlan | None = None) -> UNet2DConditionModel:

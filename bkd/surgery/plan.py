@@ -31,8 +31,9 @@ class RemovalPlan:
     """How to make a student from a teacher; a plan that removes nothing describes the teacher itself.
 
     Attributes:
-        name: The preset's name, or the list of units.
-        removed: Unit ids: `down.1.1` is layer 1 of `down_blocks.1`, `level.3` a whole level, `mid` the mid block.
+        name: The preset's name, or the list of removed units.
+        removed: What the student lacks; see `bkd.surgery.units`.
+        partners: Those of the removed units that nobody named but that had to go along.
         overrides: Keyword arguments for `from_config`, read back from the built model and compared.
         renamed: Student module prefix -> teacher module prefix; what is not listed keeps its name.
         feature_pairs: For each choice of sites, the pairs from input to output.
@@ -43,6 +44,7 @@ class RemovalPlan:
     overrides: Mapping[str, Any]
     renamed: Mapping[str, str]
     feature_pairs: Mapping[Sites, tuple[FeaturePair, ...]]
+    partners: tuple[str, ...] = ()
 
     def source_of(self, student_key: str) -> str:
         """The teacher's name for a tensor or module of the student: one map for weights and for LoRA tensors."""
@@ -61,7 +63,8 @@ class RemovalPlan:
         """Read a plan; the further facts of a plan file, such as costs, are left aside."""
         raw = {key: value for key, value in json.loads(text).items() if key in cls.__dataclass_fields__}
         pairs = {sites: tuple(FeaturePair(**pair) for pair in listed) for sites, listed in raw["feature_pairs"].items()}
-        return cls(**{**raw, "removed": tuple(raw["removed"]), "feature_pairs": pairs})
+        units = {key: tuple(raw.get(key, ())) for key in ("removed", "partners")}
+        return cls(**{**raw, **units, "feature_pairs": pairs})
 
 
 def load_plan(folder: Path) -> RemovalPlan:

@@ -1,0 +1,171 @@
+"""Units: the pieces of a UNet that can be named for removal.
+
+    down.1.0  up.2.1    a layer: a resnet with the attention that follows it
+    down.1.attn         all attentions of one block
+    down.1.0.t3         transformer layer 3 of that layer's attention
+    mid  mid.attn  mid.t3
+    level.3             a level: its down block, its up block and the resampling between it and the next
+
+Module paths of diffusers are understood too, and patterns as in a shell: `*.t[6-9]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from bkd.errors import SurgeryError, suggest
+from bkd.surgery.anatomy import Anatomy, Block, Layout, Stack
+
+Unit = str
+"""A unit's id."""
+
+
+class BlockName(NamedTuple):
+    """`down.1`: a block, its number being diffusers'."""
+
+    side: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.side}.{self.index}"
+
+
+def blocks_of(anatomy: Anatomy, layout: Layout) -> Iterator[tuple[BlockName, Block, Block]]:
+    """(name, the teacher's block, what a layout keeps of it) for every level that the layout has."""
+    for level in range(layout.num_levels):
+        yield BlockName("down", level), anatomy.whole.down[level], layout.down[level]
+        yield BlockName("up", anatomy.up_index(level)), anatomy.whole.up[level], layout.up[level]
+
+
+def all_units(anatomy: Anatomy) -> list[Unit]:
+    """Every unit in the order the UNet runs, each block's own after those of its layers."""
+    found = [f"level.{level}" for level in range(anatomy.num_levels)]
+    named = sorted(blocks_of(anatomy, anatomy.whole))  # down before up, each by number
+    for name, block, _ in named:
+        if name.side == "up" and name.index == 0:
+            found += _mid_units(anatomy)
+        found += _block_units(name, block)
+    return found
+
+
+def _block_units(name: BlockName, block: Block) -> Iterator[Unit]:
+    for layer in block.layers:
+        yield f"{name}.{layer}"
+        yield from (f"{name}.{layer}.t{number}" for number in block.stack_of(layer))
+    if block.stacks:
+        yield f"{name}.attn"
+
+
+def _mid_units(anatomy: Anatomy) -> Iterator[Unit]:
+    if anatomy.whole.mid is not None:
+        yield "mid"
+        if anatomy.whole.mid.stack is not None:
+            yield from (f"mid.t{number}" for number in anatomy.whole.mid.stack)
+            yield "mid.attn"
+
+
+def removed_units(anatomy: Anatomy, layout: Layout) -> tuple[Unit, ...]:
+    """The units that a layout lacks, each named by the largest unit that holds it."""
+    removed = []
+    for name, theirs, ours in blocks_of(anatomy, layout):
+        removed += [f"{name}.{layer}" for layer in theirs.layers if layer not in ours.layers]
+        if theirs.stacks and ours.stacks is None and ours.layers:
+            removed.append(f"{name}.attn")
+        elif theirs.stacks and ours.stacks is not None:
+            for layer in ours.layers:
+                removed += _missing(f"{name}.{layer}", theirs.stack_of(layer), ours.stack_of(layer))
+    removed += [f"level.{level}" for level in range(layout.num_levels, anatomy.num_levels)]
+    if (whole := anatomy.whole.mid) is not None:
+        if layout.mid is None:
+            removed.append("mid")
+        elif whole.stack is not None:
+            kept = layout.mid.stack
+            removed += ["mid.attn"] if kept is None else _missing("mid", whole.stack, kept)
+    return tuple(removed)
+
+
+def _missing(prefix: str, whole: Stack, kept: Stack) -> list[Unit]:
+    return [f"{prefix}.t{number}" for number in whole if number not in kept]
+
+
+def is_within(unit: Unit, other: Unit, anatomy: Anatomy) -> bool:
+    """Whether removing `other` removes `unit` as well."""
+    if unit == other or unit.startswith(other + "."):
+        return True
+    if other.endswith(".attn"):
+        block = other.removesuffix(".attn")
+        return unit.startswith(block + ".") and re.search(r"\.t\d+$", unit) is not None
+    if other.startswith("level.") and (found := re.match(r"(down|up)\.(\d+)\.", unit)):
+        index = int(found[2])
+        return int(other.removeprefix("level.")) == (index if found[1] == "down" else anatomy.up_index(index))
+    return False
+
+
+def parse_unit(text: str, anatomy: Anatomy) -> frozenset[Unit]:
+    """The units that one word of a list stands for: an id, a pattern or a module path.
+
+    Raises:
+        SurgeryError: If there is nothing of that name, or it is no unit.
+    """
+    units = all_units(anatomy)
+    if text in units:
+        return frozenset([text])
+    if any(letter in text for letter in "*?["):
+        found = frozenset(unit for unit in units if fnmatchcase(unit, text))
+        if not found:
+            raise SurgeryError(f"no unit matches the pattern '{text}'", remedy="`bkd inspect MODEL` lists all units")
+        return found
+    path = re.fullmatch(r"(down_blocks|up_blocks|mid_block)((?:\.\w+)*)", text)
+    named = _from_path(path[1], [*filter(None, path[2].split("."))], anatomy) if path else frozenset()
+    if named and named <= {*units}:
+        return named
+    hint = suggest(text, [*units, *PATH_FORMS])
+    raise SurgeryError(f"unknown unit '{text}'{hint}", remedy="`bkd inspect MODEL` lists all units and presets")
+
+
+PATH_FORMS = (
+    "down_blocks.1.attentions",
+    "down_blocks.1.resnets.1",
+    "mid_block",
+    "mid_block.attentions",
+    "down_blocks.1.attentions.0.transformer_blocks.0",
+)
+
+
+def _from_path(block: str, rest: list[str], anatomy: Anatomy) -> frozenset[Unit]:
+    """Units of a module path, or an empty set where it names none."""
+    if block == "mid_block":
+        return _from_mid_path(rest)
+    match rest:
+        case [index] if index.isdigit() and int(index) < anatomy.num_levels:
+            level = int(index) if block == "down_blocks" else anatomy.up_index(int(index))
+            return frozenset([f"level.{level}"])
+        case [index, "attentions"]:
+            return frozenset([f"{block[:-7]}.{index}.attn"])
+        case [index, "resnets", layer]:
+            return frozenset([f"{block[:-7]}.{index}.{layer}"])
+        case [index, "attentions", layer, "transformer_blocks", number]:
+            return frozenset([f"{block[:-7]}.{index}.{layer}.t{number}"])
+        case [index, "attentions", layer]:
+            name = f"{block[:-7]}.{index}"
+            raise SurgeryError(
+                "a stock configuration cannot drop a single attention",
+                got=f"{block}.{'.'.join(rest)}",
+                allowed=f"{name}.{layer} (the layer), {name}.attn (all attentions of the block), or its transformer "
+                f"layers: {name}.{layer}.t*",
+            )
+    return frozenset()
+
+
+def _from_mid_path(rest: list[str]) -> frozenset[Unit]:
+    match rest:
+        case []:
+            return frozenset(["mid"])
+        case ["attentions"] | ["attentions", "0"]:
+            return frozenset(["mid.attn"])
+        case ["attentions", "0", "transformer_blocks", number]:
+            return frozenset([f"mid.t{number}"])
+    return frozenset()
