@@ -23,6 +23,35 @@ SD1 = {
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 SD2 = {**SD1, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SDXL = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SMALL = {"sample_size": 8, "cross_attention_dim": 16, "norm_num_groups": 8}
+SMALL_SD1 = {**SD1, **SMALL, "block_out_channels": [16, 32, 48, 48], "attention_head_dim": 4}
+SMALL_SD2 = {**SD2, **SMALL, "block_out_channels": [16, 32, 48, 48], "attention_head_dim": [2, 4, 6, 6]}
+SMALL_SDXL = {
+    **SDXL,
+    **SMALL,
+    "block_out_channels": [16, 32, 48],
+    "attention_head_dim": [2, 4, 6],
+    "transformer_layers_per_block": [1, 2, 4],
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 64,
+}
+"""The three topologies at a size where a test can build hundreds."""
 
 
 @pytest.fixture(scope="session")
