@@ -1,69 +1,107 @@
-"""What a UNet is made of: its blocks, what each weighs, and what the presets would leave."""
+"""What a UNet is made of: its units, what each weighs, what may go, and what the presets would leave."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from bkd.cost import count_flops, unet_cost
+from bkd.cost import UNetCost, count_flops, unet_cost
 from bkd.errors import SurgeryError
-from bkd.models import prompt_length, unet_config
+from bkd.model_folder import prompt_length, unet_config
+from bkd.surgery.anatomy import Anatomy, read_anatomy
 from bkd.surgery.build import build_empty
-from bkd.surgery.unet import ALIASES, PRESETS, plan_preset
+from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plan
+from bkd.surgery.presets import ALIASES, PRESETS
+from bkd.surgery.recognise import recognise
+from bkd.surgery.unet import fits, plan_removal
+from bkd.surgery.units import Unit, all_units, modules_of
 
 
-def inspect_model(folder: Path) -> dict[str, Any]:
-    """Blocks and presets of a pipeline folder's UNet, from its configuration alone."""
-    config = unet_config(folder)
-    tokens = prompt_length(folder)
+def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
+    """Units and presets of a pipeline folder's UNet, from its configuration alone.
+
+    Args:
+        folder: Pipeline folder; weights are not needed.
+        teacher: Pipeline folder that the model may be a student of; its plan is inferred where it has none.
+
+    Returns:
+        For programs as it stands: `parameters`, `macs`, `macs_without_attention`, `student_of`, `units`, `presets`.
+        Each unit has `id`, `modules`, `parameters`, `share_of_macs`, `partners`, and `reason`: why it cannot go.
+
+    Raises:
+        SurgeryError: If the model cannot come from that teacher.
+    """
+    config, tokens = unet_config(folder), prompt_length(folder)
+    anatomy = read_anatomy(config)
     cost = unet_cost(config, num_tokens=tokens)
+    return {
+        **_figures(cost),
+        "student_of": _origin(folder, teacher),
+        "units": list(_units(anatomy, tokens)),
+        "presets": [_preset(config, name, tokens) for name in PRESETS if name != "none" and fits(anatomy, name)],
+    }
+
+
+def _figures(cost: UNetCost) -> dict[str, int]:
     return {
         "parameters": cost.parameters,
         "macs": cost.macs,
         "macs_without_attention": cost.macs_without_attention,
-        "blocks": _blocks(config, tokens),
-        "presets": [_preset(config, name, tokens) for name in PRESETS if name != "none" and _fits(config, name)],
     }
 
 
-def _blocks(config: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
-    unet = build_empty(config)
-    counted = {name: sum(flops.values()) for name, flops in count_flops(unet, tokens).items()}
-    total = counted["Global"]
-    return [
-        {
-            "id": name,
-            "parameters": sum(p.numel() for p in module.parameters()),
-            "share_of_macs": counted.get(f"{type(unet).__name__}.{name}", 0) / total,
+def _origin(folder: Path, teacher: Path | None) -> dict[str, Any] | None:
+    """The plan that a student came by: its own, or the one inferred from a teacher."""
+    plan: RemovalPlan | None = None
+    if teacher is not None:
+        plan = recognise(unet_config(teacher), unet_config(folder))
+    elif (folder / PLAN_FILE).is_file():
+        plan = load_plan(folder)
+    if plan is None:
+        return None
+    return {"plan": plan.name, "removed": list(plan.removed), "inferred": teacher is not None}
+
+
+def _units(anatomy: Anatomy, tokens: int) -> Iterator[dict[str, Any]]:
+    unet = build_empty(dict(anatomy.config))
+    counts = count_flops(unet, tokens)
+    flops = {name.partition(".")[2]: sum(found.values()) for name, found in counts.items()}
+    total = sum(counts["Global"].values())
+    for unit in all_units(anatomy):
+        modules = modules_of(unit, anatomy)
+        inner = [name for module in modules for name in _counted(module, flops)]
+        partners, reason = _removal(anatomy.config, unit)
+        yield {
+            "id": unit,
+            "modules": modules,
+            "parameters": sum(p.numel() for module in modules for p in unet.get_submodule(module).parameters()),
+            "share_of_macs": sum(flops[name] for name in inner) / total,
+            "partners": partners,
+            "reason": reason,
         }
-        for name, module in _named_blocks(unet)
-    ]
 
 
-def _named_blocks(unet: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Blocks in the order they run, with their layers beneath them."""
-    found = []
-    for name, module in unet.named_modules():
-        parts = name.split(".")
-        is_block = name == "mid_block" or (len(parts) == 2 and parts[0] in ("down_blocks", "up_blocks"))
-        is_layer = len(parts) == 4 and parts[0] in ("down_blocks", "up_blocks")
-        if is_block or is_layer:
-            found.append((name, module))
-    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    return sorted(found, key=lambda item: order[item[0].split(".")[0]])
+def _counted(module: str, flops: Mapping[str, int]) -> list[str]:
+    """The counter knows modules that are called; of a list, which is not, its items."""
+    if module in flops:
+        return [module]
+    return [name for name in flops if name.startswith(f"{module}.") and name.count(".") == module.count(".") + 1]
 
 
-def _fits(config: dict[str, Any], preset: str) -> bool:
+def _removal(config: Mapping[str, Any], unit: Unit) -> tuple[list[Unit], str | None]:
+    """The partners of a unit, or why it cannot go."""
     try:
-        plan_removal(config, preset)
-    except SurgeryError:
-        return False
-    return True
+        return list(plan_removal(config, unit).partners), None
+    except SurgeryError as refused:
+        return [], str(refused.got if refused.got and refused.got != unit else refused.what)
 
 
 def _preset(config: dict[str, Any], name: str, tokens: int) -> dict[str, Any]:
-    cost = unet_cost(config, plan_removal(config, name), num_tokens=tokens)
-    aliases = [alias for alias, known in ALIASES.items() if known == name]
-    return {"name": name, "aliases": aliases, "parameters": cost.parameters, "macs": cost.macs}
+    return {
+        "name": name,
+        "aliases": [alias for alias, known in ALIASES.items() if known == name],
+        "summary": PRESETS[name].summary,
+        "source": PRESETS[name].source,
+        **_figures(unet_cost(config, plan_removal(config, name), num_tokens=tokens)),
+    }

@@ -1,63 +1,113 @@
-"""prune: a teacher's folder and a preset in, a student's folder out."""
+"""prune: a teacher's folder and a list of units in, a student's folder out."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from bkd.cost import UNetCost, unet_cost
-from bkd.errors import OutputError
-from bkd.models import load_unet, model_digest, prompt_length, stored_dtype, unet_config
-from bkd.student_folder import require_free, write_student
+from bkd.errors import OutputError, SurgeryError
+from bkd.model_folder import model_digest, prompt_length, unet_config
+from bkd.models import load_unet, stored_dtype
+from bkd.proof import check_reload, check_tensors, probe_output
+from bkd.student_folder import new_student_folder, require_free
 from bkd.surgery.build import build_student
+from bkd.surgery.compatibility import compatibility_notes
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.unet import plan_removal
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """A planned removal and what it saves."""
+    """A planned removal, what it saves, and what users of the student should know."""
 
     plan: RemovalPlan
     before: UNetCost
     after: UNetCost
+    notes: tuple[str, ...]
 
 
-def plan_pruning(teacher: Path, blocks: str) -> Pruning:
+def plan_pruning(teacher: Path, blocks: str, *, strict: bool = False) -> Pruning:
     """What pruning would do, from the configuration alone.
 
+    Args:
+        teacher: Pipeline folder; its weights are not looked at.
+        blocks: Presets and units, separated by commas.
+        strict: Refuse partners that were not named.
+
     Raises:
-        SurgeryError: If the preset is unknown or does not fit the teacher.
+        SurgeryError: If a unit is unknown, the removal cannot be expressed, or nothing is removed.
     """
-    config = unet_config(teacher)
-    plan = plan_removal(config, blocks)
-    tokens = prompt_length(teacher)
-    return Pruning(plan, unet_cost(config, num_tokens=tokens), unet_cost(config, plan, num_tokens=tokens))
+    plan = plan_removal(unet_config(teacher), blocks, strict=strict)
+    if not plan.removed:
+        raise SurgeryError(
+            "nothing would be removed", got=f"--blocks '{blocks}'", remedy="`bkd inspect` lists presets and units"
+        )
+    return price(teacher, plan)
 
 
-def prune(teacher: Path, name: str, blocks: str, output: Path, *, overwrite: bool = False) -> Pruning:
-    """Write the pruned student as a stock pipeline folder, in the dtype its teacher is stored in.
+def price(teacher: Path, plan: RemovalPlan) -> Pruning:
+    """A plan with the cost of the UNet before and after it."""
+    config, tokens = unet_config(teacher), prompt_length(teacher)
+    return Pruning(
+        plan,
+        before=unet_cost(config, num_tokens=tokens),
+        after=unet_cost(config, plan, num_tokens=tokens),
+        notes=compatibility_notes(config, plan),
+    )
+
+
+def check_output(teacher: Path, output: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be written, before any work is done.
+
+    Raises:
+        OutputError: If the folder is in use, or is the teacher itself.
+    """
+    if output.resolve() == teacher.resolve():
+        raise OutputError("the output folder is the teacher itself", where=output, remedy="choose another -o")
+    require_free(output, overwrite=overwrite, marker="model_index.json")
+
+
+def prune(
+    teacher: Path, name: str, pruning: Pruning, output: Path, *, revision: str | None = None, overwrite: bool = False
+) -> int:
+    """Write the pruned student as a stock pipeline folder, in the dtype its teacher is stored in, and prove it.
+
+    Weights are read from mapped files and written through; what stays in memory is about the student's own size.
 
     Args:
         teacher: Pipeline folder.
         name: How the user calls the teacher; written into the plan file.
-        blocks: A preset.
+        pruning: As planned for this teacher.
         output: Folder to make.
+        revision: Of a teacher from the Hub; written into the plan file.
         overwrite: Replace what is there.
 
+    Returns:
+        How many tensors were compared with the teacher's.
+
     Raises:
-        BkdError: If the preset does not fit, the folder is in use, or the written student fails its reload check.
+        BkdError: If the folder is in use, or the written student fails a proof; nothing is left behind then.
     """
-    pruning = plan_pruning(teacher, blocks)
-    if output.resolve() == teacher.resolve():
-        raise OutputError("the output folder is the teacher itself", where=output, remedy="choose another -o")
-    require_free(output, overwrite=overwrite, marker="model_index.json")
-    student = build_student(load_unet(teacher, stored_dtype(teacher)), pruning.plan)
+    check_output(teacher, output, overwrite=overwrite)
     facts = {
         "teacher": name,
+        "teacher_revision": revision,
         "teacher_digest": model_digest(teacher),
         "cost_before": asdict(pruning.before),
         "cost_after": asdict(pruning.after),
     }
-    write_student(output, teacher=teacher, unet=student, plan=pruning.plan, facts=facts)
-    return pruning
+    with new_student_folder(output, teacher=teacher, plan=pruning.plan, facts=facts) as folder:
+        expected = _write_unet(teacher, pruning.plan, folder / "unet")
+        num_tensors = check_tensors(folder, teacher, pruning.plan)
+        check_reload(folder, expected)
+    return num_tensors
+
+
+def _write_unet(teacher: Path, plan: RemovalPlan, part: Path) -> Tensor:
+    """Write the student's UNet; returns what it computes. Its memory is free again before the reload needs some."""
+    student = build_student(load_unet(teacher, stored_dtype(teacher)), plan, share_base=True)
+    student.save_pretrained(part, safe_serialization=True)
+    return probe_output(student)

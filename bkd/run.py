@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,20 +14,14 @@ from bkd.data.cache import LatentSet, cache_latents
 from bkd.data.index import Sample, index_shard
 from bkd.data.shapes_shards import ensure_shapes_shards
 from bkd.data.shards import expand_shards
-from bkd.errors import RecipeError
+from bkd.errors import ModelError, RecipeError
 from bkd.eval.pictures import save_pairs
+from bkd.files import cache_folder
+from bkd.locate import EMBEDDED, locate
 from bkd.methods.base import Diffusion
 from bkd.methods.kd import KnowledgeDistillation
-from bkd.models import (
-    EMBEDDED,
-    best_device,
-    load_noise_schedule,
-    load_pipeline,
-    locate,
-    model_digest,
-    native_resolution,
-    unet_config,
-)
+from bkd.model_folder import is_inpainting, is_sdxl, model_digest, native_resolution, unet_config
+from bkd.models import best_device, load_noise_schedule, load_pipeline
 from bkd.recipe.schema import Recipe, Stage
 from bkd.run_folder import RunFolder
 from bkd.student_folder import write_student
@@ -56,9 +49,8 @@ class Listener:
     resumed: Callable[[int], None] = lambda step: None
 
 
-def cache_folder(recipe: Recipe) -> Path:
-    """Where things that can be made again are kept."""
-    return Path(recipe.data.cache_dir or os.environ.get("BKD_CACHE", "~/.cache/bkd")).expanduser()
+def _cache(recipe: Recipe) -> Path:
+    return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else cache_folder()
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
     Raises:
         BkdError: If the teacher, a plan, the shards or the resolution do not fit.
     """
-    teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision)
+    teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
+    _check_trainable(recipe, teacher)
     resolution = native_resolution(teacher)
     if recipe.data.resolution not in (None, resolution):
         raise RecipeError(
@@ -102,10 +95,28 @@ def check_inputs(recipe: Recipe) -> Inputs:
         )
     plans = tuple(plan_removal(unet_config(teacher), stage.student.blocks) for stage in recipe.stages)
     if recipe.data.shards == EMBEDDED:
-        paths = expand_shards(str(ensure_shapes_shards(cache_folder(recipe))))
+        paths = expand_shards(str(ensure_shapes_shards(_cache(recipe))))
     else:
         paths = expand_shards(recipe.data.shards)
     return Inputs(teacher, plans, tuple(index_shard(path) for path in paths))
+
+
+def _check_trainable(recipe: Recipe, teacher: Path) -> None:
+    """Refuse teachers that can be pruned but not yet distilled."""
+    config = unet_config(teacher)
+    reason = None
+    if is_inpainting(config):
+        reason = "an inpainting UNet learns from masks, and the shards have none"
+    elif is_sdxl(config):
+        reason = "SDXL's second text encoder and size conditioning are not cached with the latents"
+    if reason:
+        raise ModelError(
+            "this teacher's students can be pruned, but not distilled",
+            where=recipe.teacher.id,
+            got=reason,
+            allowed="Stable Diffusion 1.x and 2.x text-to-image teachers",
+            remedy="bkd prune writes a student that other training code can take",
+        )
 
 
 def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listener) -> None:
@@ -133,7 +144,7 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
         tokenizer=pipe.tokenizer,
         model_digest=model_digest(inputs.teacher, ["vae", "tokenizer"]),
         resolution=native_resolution(inputs.teacher),
-        cache=cache_folder(recipe),
+        cache=_cache(recipe),
         progress=listener.progress,
     )
     run.require_same("data_fingerprint", data.fingerprint)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bkd.models import load_pipeline, locate
+from bkd.locate import locate
+from bkd.models import load_pipeline
 
 SD1 = {
     "sample_size": 64,

@@ -12,9 +12,9 @@ FILES = sorted((ROOT / "bkd").rglob("*.py"))
 
 LAYERS = [
     {"bkd", "errors", "environment", "files"},
-    {"diffusion", "losses", "hooks", "rng", "surgery.plan", "surgery.unet"},
-    {"models", "surgery.build", "data", "recipe"},
-    {"methods", "cost"},
+    {"diffusion", "losses", "hooks", "rng", "surgery"},
+    {"model_folder", "models", "locate", "single_file", "data", "recipe"},
+    {"methods", "cost", "proof"},
     {"run_folder", "student_folder", "inspection", "prune"},
     {"train", "checkpoint", "tracking", "eval"},
     {"run"},

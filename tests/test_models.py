@@ -8,9 +8,18 @@ import torch
 
 from bkd.environment import torchvision_problem
 from bkd.errors import EnvironmentProblem, ModelError, OutputError
-from bkd.models import check_pipeline_folder, load_unet, locate, model_digest, native_resolution, stored_dtype
-from bkd.prune import prune
-from bkd.student_folder import check_reload
+from bkd.locate import locate
+from bkd.model_folder import check_pipeline_folder, model_digest, native_resolution
+from bkd.models import load_unet, stored_dtype
+from bkd.proof import check_reload, check_tensors, probe_output
+from bkd.prune import plan_pruning
+from bkd.prune import prune as write_pruned
+
+
+def prune(teacher, name, blocks, output, **options):
+    pruning = plan_pruning(teacher, blocks)
+    write_pruned(teacher, name, pruning, output, **options)
+    return pruning
 
 
 @pytest.fixture
@@ -55,9 +64,12 @@ def test_a_broken_configuration_is_named(folder):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("addition_embed_type", "text_time", r"additional embeddings \(SDXL\) are not supported"),
-        ("in_channels", 9, "inpainting and other UNets"),
-        ("sample_size", None, "does not say its sample_size"),
+        ("addition_embed_type", "image", r"not supported\n.*addition_embed_type image\n.*SDXL"),
+        ("in_channels", 8, r"not supported\n.*8 input channels for 4 output channels"),
+        ("sample_size", None, r"not supported\n.*sample_size None"),
+        ("class_embed_type", "timestep", r"not supported\n.*class_embed_type timestep"),
+        ("down_block_types", ["KDownBlock2D"] * 4, r"not supported\n.*kind of block KDownBlock2D"),
+        ("layers_per_block", [2, 2], r"not supported\n.*a configuration that cannot be read"),
     ],
 )
 def test_unsupported_unets_are_refused_at_once(folder, key, value, message):
@@ -171,7 +183,7 @@ def test_overwrite_replaces_students_and_nothing_else(folder, teacher_folder, tm
 
 
 def test_a_failed_proof_leaves_nothing(teacher_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("bkd.student_folder.RELOAD_SCRIPT", "raise SystemExit('no diffusers here')")
+    monkeypatch.setattr("bkd.proof.RELOAD_SCRIPT", "raise SystemExit('no diffusers here')")
     with pytest.raises(ModelError, match=r"does not load in stock diffusers(.|\n)*no diffusers here"):
         prune(teacher_folder, "shapes", "sd-small", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -182,7 +194,21 @@ def test_the_proof_notices_other_weights(teacher_folder, teacher):
     with torch.no_grad():
         unet.conv_in.weight[0, 0, 0, 0] += 0.1
     with pytest.raises(ModelError, match="the reloaded student computes something else"):
-        check_reload(teacher_folder, unet)
+        check_reload(teacher_folder, probe_output(unet))
+
+
+def test_the_proof_compares_every_tensor(teacher_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    pruning = prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "out")
+    (weights,) = (tmp_path / "out" / "unet").glob("*.safetensors")
+    tensors = load_file(weights)
+    assert check_tensors(tmp_path / "out", teacher_folder, pruning.plan) == len(tensors)
+    key = "up_blocks.0.resnets.1.conv1.bias"
+    tensors[key] = torch.nextafter(tensors[key], torch.tensor(9.0, dtype=tensors[key].dtype))
+    save_file(tensors, weights)
+    with pytest.raises(ModelError, match=r"is not its teacher's\n.*up_blocks.0.resnets.1.conv1.bias <- up_blocks.1"):
+        check_tensors(tmp_path / "out", teacher_folder, pruning.plan)
 
 
 @pytest.mark.parametrize(

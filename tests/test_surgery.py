@@ -12,7 +12,9 @@ from bkd.surgery.build import build_empty, build_student
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.presets import PRESET_NAMES
 from bkd.surgery.unet import plan_removal
-from tests.conftest import SD1, SD2
+from tests.conftest import SD1, SD2, SDXL
+
+SD_PRESETS = [name for name in PRESET_NAMES if not name.startswith("koala")]
 
 COUNTS = {
     ("SD1", "none"): 859_520_964,
@@ -25,6 +27,9 @@ COUNTS = {
     ("SD2", "sd-small"): 583_480_964,
     ("SD2", "bk-small"): 485_787_524,
     ("SD2", "sd-tiny"): 326_825_604,
+    ("SDXL", "none"): 2_567_463_684,
+    ("SDXL", "koala-1b"): 1_161_184_324,
+    ("SDXL", "koala-700m"): 782_822_724,
 }
 
 
@@ -40,7 +45,7 @@ def inputs(unet, seed=0):
 
 @pytest.mark.parametrize(("model", "preset"), COUNTS)
 def test_published_parameter_counts(model, preset):
-    config = {"SD1": SD1, "SD2": SD2}[model]
+    config = {"SD1": SD1, "SD2": SD2, "SDXL": SDXL}[model]
     unet = build_empty(config, plan_removal(config, preset))
     assert sum(p.numel() for p in unet.parameters()) == COUNTS[model, preset]
 
@@ -55,7 +60,25 @@ def test_published_macs(preset, without_attention, total):
     assert round(cost.macs / 1e9, 1) == total
 
 
-@pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.parametrize(
+    ("preset", "without_attention", "total"),
+    [("none", 2988.7, 3380.6), ("koala-1b", 1515.4, 1715.9), ("koala-700m", 1176.2, 1350.8)],
+)
+def test_published_macs_of_sdxl(preset, without_attention, total):
+    cost = unet_cost(SDXL, plan_removal(SDXL, preset))
+    assert round(cost.macs_without_attention / 1e9, 1) == without_attention
+    assert round(cost.macs / 1e9, 1) == total
+
+
+def test_koala_keeps_the_first_layers_of_each_stack():
+    plan = plan_removal(SDXL, "koala-700m")
+    assert {"mid", "down.2.1", "up.0.1", "up.0.2.t5", "down.2.0.t9"} <= {*plan.removed}
+    assert not any(unit.endswith((".t0", ".t4")) for unit in plan.removed)
+    block = "up_blocks.0.attentions.1.transformer_blocks.4.attn1.to_q.weight"
+    assert plan.source_of(block) == block.replace("attentions.1", "attentions.2")
+
+
+@pytest.mark.parametrize("preset", SD_PRESETS)
 def test_every_tensor_is_the_teachers(teacher, preset):
     plan = plan_removal(teacher.unet.config, preset)
     student = build_student(teacher.unet, plan)
@@ -73,7 +96,7 @@ def test_removing_nothing_changes_nothing(teacher):
         assert torch.equal(student(*x).sample, teacher.unet(*x).sample)
 
 
-@pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.parametrize("preset", SD_PRESETS)
 def test_saved_and_reloaded_students_compute_the_same(teacher, preset, tmp_path):
     student = build_student(teacher.unet, plan_removal(teacher.unet.config, preset))
     student.save_pretrained(tmp_path)
@@ -135,7 +158,7 @@ def test_plans_survive_json():
 
 
 def test_unknown_presets_name_the_nearest():
-    with pytest.raises(SurgeryError, match=r"unknown preset 'sd-smal'; did you mean 'sd-small'\?"):
+    with pytest.raises(SurgeryError, match=r"unknown preset or unit 'sd-smal'; did you mean 'sd-small'\?"):
         plan_removal(SD1, "sd-smal")
 
 
@@ -146,5 +169,5 @@ def test_a_student_cannot_be_pruned_by_preset_again(teacher):
 
 
 def test_the_innermost_level_stays_when_widths_differ():
-    with pytest.raises(SurgeryError, match="innermost level can only go when the level above it is as wide"):
+    with pytest.raises(SurgeryError, match="needs an innermost level as wide as the one above it"):
         plan_removal({**SD1, "block_out_channels": [320, 640, 960, 1280]}, "sd-tiny")

@@ -173,7 +173,11 @@ def test_presets_and_units_combine():
 @pytest.mark.parametrize(
     ("config", "wish", "message"),
     [
-        (SD1, "down.1.0", r"no stock configuration of level 1 lacks down\.1\.0(.|\n)*alone turns 320 channels into 640"),
+        (
+            SD1,
+            "down.1.0",
+            r"no stock configuration of level 1 lacks down\.1\.0(.|\n)*alone turns 320 channels into 640",
+        ),
         (SD1, "down.1.0", r"nearest that can go: down\.1\.1, up\.2\.1"),
         (SD1, "up.1.2", r"up\.1\.2 alone takes 1280 \+ 640 channels"),
         (SD1, "up.0.*", r"lacks up\.0\.0, up\.0\.1, up\.0\.2(.|\n)*nearest"),
@@ -184,7 +188,8 @@ def test_presets_and_units_combine():
         (SD1, "down.1.2", r"unknown unit 'down\.1\.2'; did you mean 'down\.1\.[01]'\?"),
         (SD1, "down_blocks.1.resnet.1", r"unknown unit(.|\n)*did you mean 'down_blocks\.1\.resnets\.1'"),
         (SD1, "down_blocks.9", "unknown unit"),
-        (SD1, "conv_in", "unknown unit 'conv_in'(.|\n)*bkd inspect"),
+        (SD1, "conv_in", "unknown preset or unit 'conv_in'(.|\\n)*units of `bkd inspect`"),
+        (SD1, "conv_in.weight", "unknown unit 'conv_in.weight'(.|\\n)*bkd inspect"),
         (SD1, "x.*", "no unit matches the pattern"),
         (SD1, "down_blocks.1.attentions.1", r"cannot drop a single attention(.|\n)*down\.1\.1\.t\*"),
         (SDXL, "sd-tiny", r"as wide as the one above it(.|\n)*koala-700m"),

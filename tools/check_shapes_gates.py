@@ -22,7 +22,8 @@ from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene
 from bkd.data.shapes_checker import check
 from bkd.eval.generate import generate
 from bkd.eval.statistics import Proportion, proportion
-from bkd.models import load_pipeline, locate
+from bkd.locate import locate
+from bkd.models import load_pipeline
 
 
 def one_attribute_wrong(drawn: Scene, rng: random.Random) -> Scene:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -43,11 +43,11 @@ def prepare() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """The first column to the left, numbers to the right."""
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> Table:
+    """Numbers to the right; the columns of words, the first unless others are given, to the left."""
     made = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(header):
-        made.add_column(name, justify="left" if index == 0 else "right")
+        made.add_column(name, justify="left" if index in left else "right")
     for row in rows:
         made.add_row(*row)
     return made

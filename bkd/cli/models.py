@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from bkd.cli.console import console, prepare, short, table
+from bkd.cli.console import console, prepare, table
 
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]
+SingleFileConfig = Annotated[
+    Optional[str], typer.Option(help="For a single file: a pipeline folder or Hub id of the same family.")
+]
+MODEL_FORMS = "shapes, a run, a pipeline folder, a single .safetensors file or a Hub id"
 
 
 def doctor() -> None:
@@ -47,51 +51,63 @@ def _fail_doctor(problem: str | None, missing: list[str]) -> None:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="shapes, a run, a pipeline folder or a Hub id.")],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_FORMS}.")],
+    teacher: Annotated[Optional[str], typer.Option(help="Say what MODEL lacks of this one; infers its plan.")] = None,
     revision: Revision = None,
+    config: SingleFileConfig = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Show the blocks of a model's UNet with parameters and share of the work, and what each preset would leave."""
+    """Show the units of a model's UNet, which of them may go, and what each preset would leave."""
     prepare()
     from bkd.inspection import inspect_model
-    from bkd.models import locate
+    from bkd.locate import locate
 
-    found = inspect_model(locate(model, revision=revision))
+    folder = locate(model, revision=revision, config=config, weights=False)
+    found = inspect_model(folder, locate(teacher, weights=False) if teacher else None)
     if as_json:
         console.print_json(data=found)
-        return
-    blocks = [(b["id"], f"{b['parameters']:,}", f"{b['share_of_macs']:.1%}") for b in found["blocks"]]
-    console.print(table(f"{model}: UNet, {found['parameters']:,} parameters", ("block", "parameters", "MACs"), blocks))
-    presets = [
-        (" = ".join([p["name"], *p["aliases"]]), f"{p['parameters']:,}", short(p["macs"])) for p in found["presets"]
-    ]
-    console.print(table("presets", ("--blocks", "parameters", "MACs"), presets))
+    else:
+        _show_anatomy(model, found)
+
+
+def _show_anatomy(model: str, found: dict[str, Any]) -> None:
+    from bkd.cli.anatomy_view import preset_table, unit_table
+
+    console.print(unit_table(model, found))
+    if origin := found["student_of"]:
+        how = "taken to be" if origin["inferred"] else "a student by plan"
+        console.print(f"{how} '{origin['plan']}', which lacks {', '.join(origin['removed']) or 'nothing'}")
+    if found["presets"]:
+        console.print(preset_table(found))
 
 
 def prune(
-    teacher: Annotated[str, typer.Argument(help="shapes, a pipeline folder or a Hub id.")],
-    blocks: Annotated[str, typer.Option(help="Preset: sd-small (bk-base), bk-small, sd-tiny (bk-tiny).")],
+    teacher: Annotated[str, typer.Argument(help=f"{MODEL_FORMS}.")],
+    blocks: Annotated[str, typer.Option(help="Presets and units, separated by commas; see `bkd inspect`.")],
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder to write.")] = None,
-    revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
+    strict: Annotated[bool, typer.Option(help="Refuse units that can only go with others not named.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show plan and cost; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
+    revision: Revision = None,
+    config: SingleFileConfig = None,
 ) -> None:
     """Remove blocks from a model's UNet and write the student as a stock pipeline folder."""
     if output is None and not dry_run:
         raise typer.BadParameter("needed unless --dry-run is given", param_hint="-o")
     prepare()
-    from bkd.models import locate
-    from bkd.prune import plan_pruning
+    from bkd.cli.anatomy_view import show_pruning
+    from bkd.locate import locate
+    from bkd.prune import check_output, plan_pruning
     from bkd.prune import prune as write_pruned
 
-    folder = locate(teacher, revision=revision)
+    folder = locate(teacher, revision=revision, config=config, weights=not dry_run)
+    pruning = plan_pruning(folder, blocks, strict=strict)
+    if output is not None:
+        check_output(folder, output, overwrite=overwrite)
+    show_pruning(pruning)
     if dry_run or output is None:
-        pruning = plan_pruning(folder, blocks)
-    else:
-        pruning = write_pruned(folder, teacher, blocks, output, overwrite=overwrite)
-    console.print(f"removed: {', '.join(pruning.plan.removed) or 'nothing'}")
-    costs = (("before", pruning.before), ("after", pruning.after))
-    rows = [(name, f"{c.parameters:,}", short(c.macs), short(c.macs_without_attention)) for name, c in costs]
-    console.print(table("UNet", ("", "parameters", "MACs", "without attention"), rows))
-    done = "nothing written (dry run)" if dry_run else f"done: {output} loads in stock diffusers and computes the same"
-    console.print(done)
+        console.print("nothing written (dry run)")
+        return
+    compared = write_pruned(folder, teacher, pruning, output, revision=revision, overwrite=overwrite)
+    console.print(f"proved: all {compared} tensors equal the teacher's; loads in stock diffusers and computes the same")
+    console.print(f"done: {output}")

@@ -39,7 +39,7 @@ def train(
 def _show(recipe: Recipe) -> None:
     prepare()
     from bkd.cost import unet_cost
-    from bkd.models import unet_config
+    from bkd.model_folder import unet_config
     from bkd.recipe.load import dump_recipe
     from bkd.run import check_inputs
 

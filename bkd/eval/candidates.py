@@ -9,7 +9,9 @@ from pathlib import Path
 from bkd.errors import ModelError
 from bkd.eval.pictures import with_unet
 from bkd.eval.run import Candidate
-from bkd.models import best_device, load_pipeline, locate, model_digest
+from bkd.locate import locate
+from bkd.model_folder import model_digest
+from bkd.models import best_device, load_pipeline
 from bkd.run_folder import RunFolder
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan

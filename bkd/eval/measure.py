@@ -12,7 +12,7 @@ from bkd.data.shapes import SIDE
 from bkd.errors import DataError
 from bkd.eval.candidates import load_candidate, name_candidates
 from bkd.eval.run import Settings, evaluate
-from bkd.models import native_resolution
+from bkd.model_folder import native_resolution
 from bkd.run_folder import RunFolder
 
 

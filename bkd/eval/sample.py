@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from bkd.eval.generate import generate
-from bkd.models import EMBEDDED, best_device, load_pipeline, locate
+from bkd.locate import EMBEDDED, locate
+from bkd.models import best_device, load_pipeline
 from bkd.run_folder import RunFolder
 from bkd.student_folder import require_free
 

@@ -20,13 +20,15 @@ class Teacher:
     """The model to distil from.
 
     Attributes:
-        id: `shapes` (the embedded teacher), a pipeline folder, or a Hub id.
+        id: `shapes` (the embedded teacher), a pipeline folder, a single .safetensors file, or a Hub id.
         revision: Branch, tag or commit of a Hub id.
+        config: For a single file: a pipeline folder or Hub id of the same architecture.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
     id: str = "shapes"
     revision: str | None = None
+    config: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ class Student:
     """The network to train.
 
     Attributes:
-        blocks: A preset; see `bkd.surgery.unet.PRESET_NAMES`.
+        blocks: Presets and units to remove, separated by commas; see `bkd inspect`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN

@@ -187,5 +187,3 @@ def _same_depth(one: Stack, other: Stack) -> tuple[Stack, Stack]:
         return tuple(sorted(first_to_go[len(stack) - depth :]))
 
     return shorten(one, other), shorten(other, one)
-
-

@@ -32,14 +32,14 @@ def config_overrides(anatomy: Anatomy, kept: Layout) -> dict[str, Any]:
         overrides["mid_block_type"] = None
     elif kept.mid != anatomy.whole.mid and kept.mid is not None and kept.mid.stack is None:
         overrides["mid_block_type"] = "UNetMidBlock2D"
-    if _sizes(read_anatomy({**anatomy.config, **overrides}).whole) != _sizes(kept):
+    if sizes(read_anatomy({**anatomy.config, **overrides}).whole) != sizes(kept):
         overrides |= _depths(anatomy, kept)
-    assert _sizes(read_anatomy({**anatomy.config, **overrides}).whole) == _sizes(kept)
+    assert sizes(read_anatomy({**anatomy.config, **overrides}).whole) == sizes(kept)
     return overrides
 
 
-def _sizes(layout: Layout) -> tuple[object, ...]:
-    """Numbers of layers and depths of stacks; all that a configuration says of a layout."""
+def sizes(layout: Layout) -> tuple[object, ...]:
+    """Numbers of layers and depths of stacks: all that a configuration says of a layout."""
     blocks = [
         (len(block.layers), block.stacks and [len(stack) for stack in block.stacks])
         for block in (*layout.down, *layout.up)
@@ -72,7 +72,9 @@ def _block_types(anatomy: Anatomy, kept: Layout) -> dict[str, Any]:
     for key, theirs, ours, types in sides:
         bare = [now.stacks is None and before.stacks is not None for before, now in zip(theirs, ours, strict=False)]
         if any(bare):
-            plain = tuple(kind.replace("CrossAttn", "") if lost else kind for kind, lost in zip(types, bare, strict=True))
+            plain = tuple(
+                kind.replace("CrossAttn", "") if lost else kind for kind, lost in zip(types, bare, strict=True)
+            )
             changed[key] = plain if key.startswith("down") else plain[::-1]
     return changed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from bkd.errors import SurgeryError
@@ -47,6 +48,11 @@ PRESETS: dict[str, Preset] = {
 ALIASES = {"bk-base": "sd-small", "bk-tiny": "sd-tiny"}
 """BK-SDM's names for two of them: Segmind's Small is BK-SDM's Base."""
 PRESET_NAMES = (*PRESETS, *ALIASES)
+
+
+def is_unknown_name(word: str) -> bool:
+    """Whether a word of a list is written like a preset's name and is none; units have dots, patterns and paths."""
+    return re.fullmatch(r"[\w-]+", word) is not None and word not in (*PRESET_NAMES, "mid", "mid_block")
 
 
 def preset_layout(anatomy: Anatomy, name: str) -> Layout:

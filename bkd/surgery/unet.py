@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from bkd.errors import SurgeryError, suggest
@@ -11,7 +11,7 @@ from bkd.surgery.correspondence import feature_pairs, renamed_modules
 from bkd.surgery.options import complete
 from bkd.surgery.overrides import config_overrides
 from bkd.surgery.plan import RemovalPlan
-from bkd.surgery.presets import PRESET_NAMES, PRESETS, preset_layout
+from bkd.surgery.presets import PRESET_NAMES, PRESETS, is_unknown_name, preset_layout
 from bkd.surgery.units import Unit, is_within, parse_unit, removed_units
 
 
@@ -56,8 +56,12 @@ def parse_blocks(anatomy: Anatomy, blocks: str) -> frozenset[Unit]:
 
 
 def _unit(anatomy: Anatomy, word: str) -> frozenset[Unit]:
-    if hint := suggest(word, PRESET_NAMES) if "." not in word and word != "mid" else "":
-        raise SurgeryError(f"unknown preset or unit '{word}'{hint}", allowed=", ".join([*sorted(PRESET_NAMES), "units"]))
+    if is_unknown_name(word):
+        hint = suggest(word, PRESET_NAMES)
+        raise SurgeryError(
+            f"unknown preset or unit '{word}'{hint}",
+            allowed=f"{', '.join(PRESET_NAMES)}, and the units of `bkd inspect`",
+        )
     return parse_unit(word, anatomy)
 
 

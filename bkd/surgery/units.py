@@ -27,10 +27,10 @@ class BlockName(NamedTuple):
     """`down.1`: a block, its number being diffusers'."""
 
     side: str
-    index: int
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.side}.{self.index}"
+        return f"{self.side}.{self.number}"
 
 
 def blocks_of(anatomy: Anatomy, layout: Layout) -> Iterator[tuple[BlockName, Block, Block]]:
@@ -41,14 +41,14 @@ def blocks_of(anatomy: Anatomy, layout: Layout) -> Iterator[tuple[BlockName, Blo
 
 
 def all_units(anatomy: Anatomy) -> list[Unit]:
-    """Every unit in the order the UNet runs, each block's own after those of its layers."""
-    found = [f"level.{level}" for level in range(anatomy.num_levels)]
+    """Every unit in the order the UNet runs, each block's own after those of its layers; the levels come last."""
+    found: list[Unit] = []
     named = sorted(blocks_of(anatomy, anatomy.whole))  # down before up, each by number
     for name, block, _ in named:
-        if name.side == "up" and name.index == 0:
+        if name.side == "up" and name.number == 0:
             found += _mid_units(anatomy)
         found += _block_units(name, block)
-    return found
+    return found + [f"level.{level}" for level in range(anatomy.num_levels)]
 
 
 def _block_units(name: BlockName, block: Block) -> Iterator[Unit]:
@@ -102,6 +102,34 @@ def is_within(unit: Unit, other: Unit, anatomy: Anatomy) -> bool:
         index = int(found[2])
         return int(other.removeprefix("level.")) == (index if found[1] == "down" else anatomy.up_index(index))
     return False
+
+
+def modules_of(unit: Unit, anatomy: Anatomy) -> list[str]:
+    """The teacher's modules that go with a unit; each path ends where a module does."""
+    kind, _, rest = unit.partition(".")
+    if kind == "level":
+        level = int(rest)
+        above = [f"down_blocks.{level - 1}.downsamplers"] if level else []
+        return [f"down_blocks.{level}", f"up_blocks.{anatomy.up_index(level)}", *above]
+    if kind == "mid":
+        inside = {"": ["mid_block"], "attn": ["mid_block.attentions", "mid_block.resnets.1"]}
+        return inside.get(rest) or [f"mid_block.attentions.0.transformer_blocks.{rest[1:]}"]
+    block, *inner = rest.split(".")
+    match inner:
+        case ["attn"]:
+            return [f"{kind}_blocks.{block}.attentions"]
+        case [layer]:
+            has_attention = _block_of(unit, anatomy).stacks is not None
+            parts = ("resnets", "attentions") if has_attention else ("resnets",)
+            return [f"{kind}_blocks.{block}.{part}.{layer}" for part in parts]
+        case [layer, number]:
+            return [f"{kind}_blocks.{block}.attentions.{layer}.transformer_blocks.{number[1:]}"]
+    raise AssertionError(unit)
+
+
+def _block_of(unit: Unit, anatomy: Anatomy) -> Block:
+    side, index = unit.split(".")[:2]
+    return anatomy.whole.down[int(index)] if side == "down" else anatomy.whole.up[anatomy.up_index(int(index))]
 
 
 def parse_unit(text: str, anatomy: Anatomy) -> frozenset[Unit]:

@@ -1,0 +1,87 @@
+"""How `bkd inspect` and `bkd prune` show units, plans and costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from bkd.cli.console import console, short, table
+
+if TYPE_CHECKING:
+    from bkd.prune import Pruning
+
+Row = tuple[str, ...]
+
+
+def unit_table(model: str, found: dict[str, Any]) -> Table:
+    """The tree of units; the transformer layers of one attention share a row."""
+    rows: list[Row] = []
+    for stack, members in groupby(found["units"], key=lambda unit: _stack_of(unit["id"])):
+        units = list(members)
+        rows += [_stack_row(units)] if stack else [_row(unit["id"], unit) for unit in units]
+    title = f"{model}: UNet, {found['parameters']:,} parameters, {short(found['macs'])} MACs"
+    return table(title, ("unit", "parameters", "MACs", "when removed"), rows, left=(0, 3))
+
+
+def _stack_of(unit: str) -> str:
+    """`down.1.0` for its transformer layer `down.1.0.t3`; empty for other units."""
+    found = re.fullmatch(r"(.+)\.t\d+", unit)
+    return found[1] if found else ""
+
+
+def _row(label: str, unit: dict[str, Any], each: str = "") -> Row:
+    return (label, f"{each}{unit['parameters']:,}", f"{each}{unit['share_of_macs']:.1%}", _fate(unit))
+
+
+def _stack_row(units: list[dict[str, Any]]) -> Row:
+    first, last = units[0]["id"], units[-1]["id"]
+    label = f"  {first}" if first == last else f"  {first} … {last.rpartition('.')[2]}"
+    return _row(label, units[0], each="" if first == last else "each ")
+
+
+def _fate(unit: dict[str, Any]) -> str:
+    if unit["reason"]:
+        return f"cannot go: {unit['reason']}"
+    return f"takes {', '.join(unit['partners'])} along" if unit["partners"] else ""
+
+
+def preset_table(found: dict[str, Any]) -> Table:
+    """What each preset leaves."""
+    rows = [
+        (" = ".join([p["name"], *p["aliases"]]), f"{p['parameters']:,}", short(p["macs"]), p["summary"])
+        for p in found["presets"]
+    ]
+    return table("presets", ("--blocks", "parameters", "MACs", "removes"), rows, left=(0, 3))
+
+
+def show_pruning(pruning: Pruning) -> None:
+    """What goes, what goes along, what it costs, and what to know about the student."""
+    plan = pruning.plan
+    named = [unit for unit in plan.removed if unit not in plan.partners]
+    console.print(f"removed: {', '.join(_compact(named))}")
+    if plan.partners:
+        console.print(
+            f"and with them, because no stock configuration lacks one alone: {', '.join(_compact(plan.partners))}"
+        )
+    costs = (("before", pruning.before), ("after", pruning.after))
+    rows = [(name, f"{c.parameters:,}", short(c.macs), short(c.macs_without_attention)) for name, c in costs]
+    before, after = pruning.before, pruning.after
+    left = (after.parameters / before.parameters, after.macs / before.macs)
+    share = ("left", *(f"{part:.1%}" for part in (*left, after.macs_without_attention / before.macs_without_attention)))
+    console.print(table("UNet", ("", "parameters", "MACs", "without attention matmuls"), [*rows, share]))
+    for note in pruning.notes:
+        console.print(f"note: {note}")
+
+
+def _compact(units: list[str] | tuple[str, ...]) -> Iterator[str]:
+    """`down.2.0.t6 … t9` for neighbours of one stack."""
+    for stack, members in groupby(units, key=_stack_of):
+        listed = list(members)
+        if stack and len(listed) > 2:
+            yield f"{listed[0]} … {listed[-1].rpartition('.')[2]}"
+        else:
+            yield from listed

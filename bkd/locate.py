@@ -1,0 +1,104 @@
+"""From a MODEL argument to a pipeline folder on this disk.
+
+Every model is, in the end, a stock diffusers pipeline folder: the embedded one, the user's own, the student of a run,
+a snapshot of a Hub repository, or what a single file was taken apart into.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from bkd.errors import ModelError
+from bkd.model_folder import check_pipeline_folder, read_json
+
+EMBEDDED = "shapes"
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+FORMS = (
+    f"'{EMBEDDED}', a pipeline folder, a run folder, a single .safetensors file with --config, "
+    "or a Hub id such as owner/name"
+)
+
+
+def locate(
+    name: str | Path, *, revision: str | None = None, config: str | Path | None = None, weights: bool = True
+) -> Path:
+    """The pipeline folder that a MODEL argument means.
+
+    Args:
+        name: `shapes`, a pipeline folder, a run folder (its student is meant), a single `.safetensors` file in the
+            original layout, or a Hub id `owner/name`.
+        revision: Branch, tag or commit of a Hub repository.
+        config: For a single file: a pipeline folder or Hub id of the same architecture.
+        weights: Whether weights are needed; configurations alone are fetched and checked otherwise.
+
+    Raises:
+        ModelError: If there is no such model, or a part of it is missing.
+    """
+    if str(name) == EMBEDDED:
+        return Path(str(resources.files("bkd") / "assets" / "shapes"))
+    path = Path(name).expanduser()
+    if path.suffix in SINGLE_FILE_SUFFIXES and not path.is_dir():
+        return _single_file(path, config, weights)
+    if (path / "run.json").is_file() and not (path / "model_index.json").is_file():
+        path = _student_of(path)
+    elif not path.is_dir():
+        path = _download(str(name), revision, weights)
+    check_pipeline_folder(path, weights=weights)
+    return path
+
+
+def _student_of(run: Path) -> Path:
+    if not (run / "student").is_dir():
+        command = read_json(run / "run.json").get("command", "bkd train RECIPE -o RUN")
+        raise ModelError("this run has no finished student yet", where=run, remedy=f"finish it: {command}")
+    return run / "student"
+
+
+def _single_file(path: Path, config: str | Path | None, weights: bool) -> Path:
+    if not path.is_file():
+        raise ModelError("no such file", where=path, allowed=FORMS)
+    if path.suffix != ".safetensors":
+        raise ModelError(
+            "pickled checkpoints can run code and are not read",
+            where=path,
+            allowed="a .safetensors file",
+            remedy="ask for the .safetensors version of this model",
+        )
+    if config is None:
+        raise ModelError(
+            "a single file does not say its architecture",
+            where=path,
+            remedy="--config FOLDER-OR-ID: a pipeline of the same family; its configuration and tokenizer are used",
+        )
+    like = locate(config, weights=False)
+    if not weights:
+        return like
+    from bkd.single_file import import_single_file
+
+    return import_single_file(path, like)
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(f"no model '{name}'", allowed=FORMS)
+    try:
+        return _snapshot(name, revision, weights)
+    except Exception as error:  # the Hub client raises a dozen kinds; each means that there is no model to work on
+        raise ModelError(
+            f"cannot get '{name}' from the Hub, and there is no such folder here",
+            got=(str(error).strip() or type(error).__name__).splitlines()[0],
+            remedy="give another model: --teacher FOLDER-OR-ID (make: TEACHER=FOLDER-OR-ID); "
+            "private repositories need `hf auth login`",
+        ) from error
+
+
+def _snapshot(name: str, revision: str | None, weights: bool) -> Path:
+    if weights:
+        from diffusers import DiffusionPipeline
+
+        return Path(DiffusionPipeline.download(name, revision=revision, use_safetensors=True))
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt"]))

@@ -1,0 +1,191 @@
+"""Proofs that a written student is what it should be: its tensors are its teacher's, and anyone can load it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bkd.errors import ModelError
+from bkd.model_folder import unet_config, weight_files
+from bkd.surgery.plan import RemovalPlan
+from bkd.surgery.probe import as_arguments, unet_inputs
+
+RELOAD_SCRIPT = """
+import sys
+
+class NoBkd:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "bkd":
+            raise ImportError("bkd is not available here")
+
+sys.meta_path.insert(0, NoBkd())
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+folder, probe, answer = sys.argv[1:]
+threads, dtype = sys.stdin.read().split()
+torch.set_num_threads(int(threads))
+dtype = getattr(torch, dtype)
+pipe = DiffusionPipeline.from_pretrained(
+    folder, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+)
+unet = pipe.unet.eval()
+del pipe
+
+def align(module, inputs):
+    module.mapped = [parameter.data for parameter in module.parameters(recurse=False)]
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.clone()
+
+def release(module, inputs, output):
+    for parameter, data in zip(module.parameters(recurse=False), module.mapped):
+        parameter.data = data
+
+for module in unet.modules():
+    module.register_forward_pre_hook(align)
+    module.register_forward_hook(release)
+inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in load_file(probe).items()}
+added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids") if name in inputs}
+with torch.no_grad():
+    output = unet(**inputs, added_cond_kwargs=added or None).sample
+save_file({"output": output}, answer)
+"""
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie."""
+
+    file: Path
+    start: int
+    stop: int
+
+    def read(self) -> bytes:
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            return stream.read(self.stop - self.start)
+
+
+def check_tensors(student: Path, teacher: Path, plan: RemovalPlan) -> int:
+    """Compare every tensor of a pruned student, as written, with the teacher's tensor that the plan names.
+
+    Reads one tensor of each at a time.
+
+    Args:
+        student: Pipeline folder.
+        teacher: Pipeline folder.
+        plan: How the one came from the other.
+
+    Returns:
+        How many tensors there are.
+
+    Raises:
+        ModelError: If one differs in a single bit.
+    """
+    theirs = dict(_stored_tensors(teacher / "unet"))
+    ours = dict(_stored_tensors(student / "unet"))
+    for key, tensor in ours.items():
+        source = plan.source_of(key)
+        if tensor.read() != theirs[source].read() and not _equal_after_cast(key, tensor, source, theirs[source]):
+            raise ModelError("a written tensor is not its teacher's", where=tensor.file, got=f"{key} <- {source}")
+    return len(ours)
+
+
+def _stored_tensors(part: Path) -> Iterator[tuple[str, StoredTensor]]:
+    for file in weight_files(part):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                start, stop = entry["data_offsets"]
+                yield key, StoredTensor(file, 8 + length + start, 8 + length + stop)
+
+
+def _equal_after_cast(key: str, ours: StoredTensor, source: str, theirs: StoredTensor) -> bool:
+    """A teacher that mixes dtypes is written in one."""
+    with safe_open(ours.file, framework="pt") as mine, safe_open(theirs.file, framework="pt") as other:
+        written, original = mine.get_tensor(key), other.get_tensor(source)
+    return written.dtype != original.dtype and torch.equal(written, original.to(written.dtype))
+
+
+@torch.no_grad()
+def probe_output(unet: UNet2DConditionModel) -> Tensor:
+    """What a UNet computes from the probe, in its own dtype, with memory for one layer's weights only.
+
+    Weights that lie unaligned in a mapped file can take other CPU kernels, which round differently; so each layer
+    computes with an aligned copy that lives as long as its own forward pass. The reload script does the same.
+    """
+    mapped: dict[nn.Module, list[Tensor]] = {}
+
+    def align(module: nn.Module, inputs: object) -> None:
+        mapped[module] = [parameter.data for parameter in module.parameters(recurse=False)]
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.clone()
+
+    def release(module: nn.Module, inputs: object, output: object) -> None:
+        for parameter, data in zip(module.parameters(recurse=False), mapped.pop(module), strict=True):
+            parameter.data = data
+
+    handles = [module.register_forward_pre_hook(align) for module in unet.modules()]
+    handles += [module.register_forward_hook(release) for module in unet.modules()]
+    inputs = {name: x.to(unet.dtype) if x.is_floating_point() else x for name, x in _probe(unet.config).items()}
+    try:
+        output: Tensor = unet.eval()(**as_arguments(inputs)).sample
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output
+
+
+def _probe(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    # The smallest latents that every level still halves: enough to meet every weight.
+    side = min(config["sample_size"], 2 ** len(config["down_block_types"]))
+    return unet_inputs(config, side=side, num_tokens=PROBE_TOKENS)
+
+
+def check_reload(folder: Path, expected: Tensor) -> None:
+    """Load a pipeline folder in a process without `bkd` and compare one forward pass.
+
+    Args:
+        folder: As written.
+        expected: What `probe_output` gave for the UNet in memory.
+
+    Raises:
+        ModelError: If it does not load there, or one output value differs.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        probe_file, answer_file = Path(scratch) / "probe.safetensors", Path(scratch) / "answer.safetensors"
+        save_file(_probe(unet_config(folder)), probe_file)
+        finished = subprocess.run(
+            [sys.executable, "-c", RELOAD_SCRIPT, str(folder.resolve()), str(probe_file), str(answer_file)],
+            cwd=scratch,  # nothing in the user's folder can stand before an installed module
+            input=f"{torch.get_num_threads()} {str(expected.dtype).removeprefix('torch.')}",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if finished.returncode:
+            raise ModelError(
+                "the written student does not load in stock diffusers", where=folder, got=finished.stderr[-800:]
+            )
+        reloaded = load_file(answer_file)["output"]
+    if not torch.equal(reloaded, expected):
+        difference = float((reloaded.float() - expected.float()).abs().max())
+        raise ModelError(
+            "the reloaded student computes something else", where=folder, got=f"difference {difference:.3g}"
+        )

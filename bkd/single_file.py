@@ -1,0 +1,92 @@
+"""Single files in the original layout, as people own them: taken apart into a stock pipeline folder, once.
+
+The layout has no configuration and no tokenizer; both come from a pipeline folder of the same architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import safe_open
+
+from bkd.errors import ModelError
+from bkd.files import cache_folder, file_digest
+from bkd.model_folder import is_inpainting, is_sdxl, unet_config
+from bkd.models import DTYPES
+from bkd.surgery.build import build_empty
+
+UNET_PREFIX = "model.diffusion_model."
+
+
+def import_single_file(path: Path, like: Path) -> Path:
+    """The pipeline folder that a single file stands for; made once, in the cache, under the digest of its sources.
+
+    Args:
+        path: A `.safetensors` file that holds UNet, autoencoder and text encoder(s).
+        like: Pipeline folder that gives configuration and tokenizer; its weights are not read.
+
+    Raises:
+        ModelError: If the file is damaged, lacks a UNet, or does not fit the configuration.
+    """
+    dtype = _check_fits(path, like)
+    sources = [path, *sorted(found for found in like.rglob("*") if found.suffix in (".json", ".txt"))]
+    name = hashlib.sha256("".join(map(file_digest, sources)).encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / name
+    if (folder / "model_index.json").is_file():
+        return folder
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        pipe = _pipeline_class(unet_config(like)).from_single_file(
+            str(path), config=str(like), torch_dtype=dtype, local_files_only=True, safety_checker=None
+        )
+        pipe.save_pretrained(unfinished, safe_serialization=True)
+        unfinished.rename(folder)
+    except Exception as error:  # a part that is missing shows as one of many kinds of error
+        raise ModelError(
+            "diffusers cannot read this file with that configuration",
+            where=path,
+            got=(str(error).strip() or type(error).__name__).splitlines()[0],
+            allowed="UNet, autoencoder and text encoder(s) in the original Stable Diffusion layout",
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _check_fits(path: Path, like: Path) -> torch.dtype:
+    """Refuse a file that is damaged or of another architecture; returns the dtype its UNet is stored in."""
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {key: file.get_slice(key) for key in file.keys() if key.startswith(UNET_PREFIX)}  # noqa: SIM118
+            found = sum(math.prod(tensor.get_shape()) for tensor in tensors.values())
+            stored = {tensor.get_dtype() for tensor in tensors.values()}
+    except Exception as error:
+        raise ModelError("damaged file", where=path, got=error, remedy="download the file again") from error
+    if not tensors:
+        raise ModelError(
+            "this file holds no UNet in the original layout",
+            where=path,
+            allowed=f"tensors named '{UNET_PREFIX}…'; a LoRA or a diffusers weight file is not a whole model",
+        )
+    expected = sum(p.numel() for p in build_empty(unet_config(like)).parameters())
+    if expected != found:
+        raise ModelError(
+            "this file's UNet is not the one that the configuration describes",
+            where=path,
+            got=f"{found:,} parameters",
+            allowed=f"{expected:,}, as in {like}",
+            remedy="give --config a pipeline of the same family as the file",
+        )
+    return DTYPES.get(min(stored), torch.float32) if len(stored) == 1 else torch.float32
+
+
+def _pipeline_class(config: dict[str, Any]) -> Any:
+    name = "StableDiffusionXL" if is_sdxl(config) else "StableDiffusion"
+    return getattr(diffusers, f"{name}{'Inpaint' if is_inpainting(config) else ''}Pipeline")
