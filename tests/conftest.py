@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from bkd.locate import locate
 from bkd.models import load_pipeline
@@ -73,6 +74,39 @@ def teacher(teacher_folder):
     """The embedded pipeline, frozen; tests must not change it."""
     torch.manual_seed(0)
     return load_pipeline(teacher_folder)
+
+
+@pytest.fixture(scope="session")
+def family_folders(teacher, tmp_path_factory):
+    """Small pipelines of every supported family, with random UNets: name -> folder."""
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("families")
+    text = {**teacher.text_encoder.config.to_dict(), "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoders = {
+        size: CLIPTextConfig(**{**text, "hidden_size": size, "intermediate_size": 16, "projection_dim": 16})
+        for size in (8, 16)
+    }
+    same = {"vae": teacher.vae, "tokenizer": teacher.tokenizer, "scheduler": teacher.scheduler}
+    plain = {**same, "text_encoder": CLIPTextModel(encoders[16]), "safety_checker": None, "feature_extractor": None}
+    unets = {"sd1": SMALL_SD1, "sd2": SMALL_SD2, "inpaint": {**SMALL_SD1, "in_channels": 9}, "sdxl": SMALL_SDXL}
+    for name, config in unets.items():
+        unet = UNet2DConditionModel.from_config(config)
+        if name == "sdxl":
+            pipe = StableDiffusionXLPipeline(
+                **same,
+                text_encoder=CLIPTextModel(encoders[8]),
+                text_encoder_2=CLIPTextModelWithProjection(encoders[8]),
+                tokenizer_2=teacher.tokenizer,
+                unet=unet,
+            )
+        else:
+            kind = StableDiffusionInpaintPipeline if name == "inpaint" else StableDiffusionPipeline
+            pipe = kind(**plain, unet=unet, requires_safety_checker=False)
+        pipe.save_pretrained(root / name)
+    return {name: root / name for name in unets}
 
 
 @pytest.fixture(scope="session")

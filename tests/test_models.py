@@ -10,10 +10,11 @@ from bkd.environment import torchvision_problem
 from bkd.errors import EnvironmentProblem, ModelError, OutputError
 from bkd.locate import locate
 from bkd.model_folder import check_pipeline_folder, model_digest, native_resolution
-from bkd.models import load_unet, stored_dtype
+from bkd.models import load_pipeline, load_unet, stored_dtype
 from bkd.proof import check_reload, check_tensors, probe_output
 from bkd.prune import plan_pruning
 from bkd.prune import prune as write_pruned
+from tests.original_layout import save_original_layout
 
 
 def prune(teacher, name, blocks, output, **options):
@@ -158,6 +159,105 @@ def test_other_variants_are_neither_read_nor_copied(folder, tmp_path):
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "inpaint", "sdxl"])
+def test_every_family_can_be_pruned_with_every_proof(family_folders, family, tmp_path):
+    teacher, out = family_folders[family], tmp_path / "out"
+    pruning = plan_pruning(teacher, "bk-small,down.1.attn")
+    compared = write_pruned(teacher, family, pruning, out)
+    student = load_unet(locate(out))
+    assert compared == len(student.state_dict())
+    facts = json.loads((out / "bkd_plan.json").read_text())
+    assert (facts["teacher"], facts["teacher_digest"]) == (family, model_digest(teacher))
+    assert facts["cost_after"]["parameters"] == sum(p.numel() for p in student.parameters())
+    assert facts["cost_before"]["macs"] > facts["cost_before"]["macs_without_attention"] > 0
+    assert facts["removed"] == list(pruning.plan.removed) and facts["feature_pairs"]["block"] and facts["renamed"]
+
+
+def test_students_of_inpainting_and_sdxl_cannot_be_distilled_yet(family_folders):
+    from bkd.recipe.load import load_recipe
+    from bkd.run import check_inputs
+
+    for family, reason in (("inpaint", "learns from masks"), ("sdxl", "second text encoder")):
+        recipe = load_recipe("shapes/sd-small", [f"teacher.id={family_folders[family]}"])
+        with pytest.raises(ModelError, match=rf"can be pruned, but not distilled\n.*{reason}"):
+            check_inputs(recipe)
+
+
+def test_a_missing_part_of_numbered_weights_is_named(folder):
+    load_unet(folder).save_pretrained(folder / "unet", max_shard_size="8MB")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert locate(folder)
+    gone = sorted((folder / "unet").glob("*-00002-of-*"))[0]
+    gone.unlink()
+    with pytest.raises(ModelError, match=f"weights of part 'unet' are incomplete\n.*missing: {gone.name}"):
+        locate(folder)
+
+
+def test_configurations_alone_are_enough_to_look(folder):
+    from bkd.inspection import inspect_model
+
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    assert inspect_model(locate(folder, weights=False))["parameters"] == 5_523_876
+    with pytest.raises(ModelError, match="has no safetensors weights"):
+        locate(folder)
+
+
+@pytest.fixture(scope="module")
+def single_file(teacher_folder, tmp_path_factory):
+    """The embedded pipeline as one file in the original layout."""
+    path = tmp_path_factory.mktemp("single") / "shapes.safetensors"
+    save_original_layout(load_pipeline(teacher_folder, dtype=torch.float16), path)
+    return path
+
+
+def test_a_single_file_is_the_pipeline_it_was_made_from(single_file, teacher_folder, cache, tmp_path):
+    folder = locate(single_file, config="shapes")
+    assert cache in folder.parents and stored_dtype(folder) == torch.float16
+    for name, loaded in load_pipeline(folder).components.items():
+        if isinstance(loaded, torch.nn.Module):
+            original = getattr(load_pipeline(teacher_folder), name).state_dict()
+            assert all(torch.equal(tensor, original[key]) for key, tensor in loaded.state_dict().items()), name
+    prune(folder, str(single_file), "sd-small", tmp_path / "out")
+    assert locate(single_file, config="shapes") == folder
+    assert locate(single_file, config="shapes", weights=False) == teacher_folder
+
+
+def test_single_files_say_what_they_need(single_file, family_folders, tmp_path, cache):
+    with pytest.raises(ModelError, match=r"does not say its architecture\n.*--config FOLDER-OR-ID"):
+        locate(single_file)
+    with pytest.raises(ModelError, match=r"not the one that the configuration describes\n.*5,523,876(.|\n)*allowed: "):
+        locate(single_file, config=family_folders["sd1"])
+    with pytest.raises(ModelError, match="no such file"):
+        locate(tmp_path / "absent.safetensors", config="shapes")
+    (tmp_path / "model.ckpt").write_bytes(b"a pickle")
+    with pytest.raises(ModelError, match=r"pickled checkpoints can run code(.|\n)*\.safetensors version"):
+        locate(tmp_path / "model.ckpt", config="shapes")
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(single_file.read_bytes()[:1_000_000])
+    with pytest.raises(ModelError, match=r"damaged file(.|\n)*download the file again"):
+        locate(half, config="shapes")
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "message"),
+    [
+        (("first_stage_model.", "cond_stage_model."), "holds no UNet in the original layout"),
+        (("model.diffusion_model.", "cond_stage_model."), "cannot read this file"),
+        (("model.diffusion_model.", "first_stage_model."), "cannot read this file"),
+    ],
+)
+def test_a_single_file_must_hold_every_part(single_file, prefixes, message, tmp_path, cache):
+    from safetensors.torch import load_file, save_file
+
+    part = tmp_path / "part.safetensors"
+    save_file({key: tensor for key, tensor in load_file(single_file).items() if key.startswith(prefixes)}, part)
+    before = {*cache.rglob("*")}
+    with pytest.raises(ModelError, match=message):
+        locate(part, config="shapes")
+    assert {path for path in {*cache.rglob("*")} - before if path.name != "models"} == set()
 
 
 def test_a_folder_in_use_is_left_alone(teacher_folder, tmp_path):
