@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
+from torch import nn
 
 from bkd.diffusion import NoiseSchedule, PredictionType
-from bkd.model_folder import weight_files
+from bkd.errors import ModelError
+from bkd.model_folder import is_inpainting, is_sdxl, unet_config, weight_files
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the dtypes in which models are stored."""
@@ -33,16 +35,21 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def load_pipeline(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> StableDiffusionPipeline:
-    """The whole stock pipeline, frozen, without a safety checker (it would blacken measured images)."""
-    pipe = StableDiffusionPipeline.from_pretrained(
-        folder,
-        torch_dtype=dtype,
-        use_safetensors=True,
-        safety_checker=None,
-        requires_safety_checker=False,
-    ).to(device)
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.requires_grad_(False).eval()
+    """The whole stock text-to-image pipeline, frozen, without a safety checker (it would blacken measured images).
+
+    Raises:
+        ModelError: For an inpainting model, which draws from no text alone.
+    """
+    config = unet_config(folder)
+    if is_inpainting(config):
+        raise ModelError("inpainting models can be inspected and pruned, but not drawn with", where=folder)
+    kind, no_checker = StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
+    if is_sdxl(config):
+        kind, no_checker = StableDiffusionXLPipeline, {}
+    pipe = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **no_checker).to(device)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

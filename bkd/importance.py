@@ -1,0 +1,144 @@
+"""--keep: score every option of a UNet by the output change it causes, and choose under a budget.
+
+Published evidence says that such scores do not tell how well a student recovers in training (TinyFusion,
+arXiv:2412.01199), so presets stay the default; docs/surgery.md has our own comparison.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bkd.calibration import calibration_batches, check_calibratable
+from bkd.data.shards import expand_shards
+from bkd.errors import SurgeryError
+from bkd.model_folder import unet_config
+from bkd.models import best_device, load_pipeline
+from bkd.surgery.anatomy import Anatomy, read_anatomy
+from bkd.surgery.build import build_empty
+from bkd.surgery.choose import choose, count_parameters, scorable_removals
+from bkd.surgery.options import complete
+from bkd.surgery.plan import RemovalPlan
+from bkd.surgery.score import OutputChange
+from bkd.surgery.unet import plan_layout
+from bkd.surgery.units import Unit, modules_of
+
+UNITS_OF_SIZE = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "B": 1_000_000_000}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one removal saves and costs.
+
+    Attributes:
+        units: Removed together.
+        parameters: That go with them.
+        change: Relative squared change of the output.
+    """
+
+    units: tuple[Unit, ...]
+    parameters: int
+    change: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice under a budget.
+
+    Attributes:
+        plan: What to remove.
+        scores: Of all options and transformer layers.
+        max_parameters: The budget.
+        predicted: Sum of the chosen options' output changes.
+        measured: The chosen student's own output change; the two differ because options influence each other.
+        num_samples: Calibration samples used.
+    """
+
+    plan: RemovalPlan
+    scores: tuple[Score, ...]
+    max_parameters: int
+    predicted: float
+    measured: float
+    num_samples: int
+
+
+def parse_budget(keep: str, total: int) -> int:
+    """How many parameters may be left.
+
+    Args:
+        keep: A share such as `0.65` or `65%`, or a number such as `480M`.
+        total: The teacher UNet's parameters.
+
+    Raises:
+        SurgeryError: If it is neither, or would remove nothing or everything.
+    """
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([KMGB%]?)\s*", keep, flags=re.IGNORECASE)
+    if not found:
+        raise SurgeryError("not a size", where="--keep", got=keep, allowed="a share such as 0.65, or 480M parameters")
+    number, unit = float(found[1]), found[2].upper()
+    share = number / 100 if unit == "%" else number
+    left = round(share * total) if unit == "%" or (unit == "" and share <= 1) else round(number * UNITS_OF_SIZE[unit])
+    if not 0 < left < total:
+        raise SurgeryError(
+            "nothing would be removed" if left else "everything would be removed",
+            where="--keep",
+            got=f"{keep}: {left:,} parameters",
+            allowed=f"more than 0 and fewer than the teacher's {total:,}",
+        )
+    return left
+
+
+def select(
+    folder: Path,
+    keep: str,
+    calibration: str,
+    *,
+    num_samples: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Selection:
+    """Score every option on calibration samples and choose the least harmful removal under a budget.
+
+    Args:
+        folder: The teacher's pipeline folder.
+        keep: See `parse_budget`.
+        calibration: Shards of captioned images.
+        num_samples: How many of them to use.
+        progress: Called with (scored, total).
+
+    Raises:
+        BkdError: If the budget cannot be met or the shards cannot be used.
+    """
+    check_calibratable(folder)
+    config = unet_config(folder)
+    anatomy = read_anatomy(config)
+    sizes = {name: p.numel() for name, p in build_empty(config).named_parameters()}
+    max_parameters = parse_budget(keep, sum(sizes.values()))
+    removals = scorable_removals(anatomy)
+    choose(anatomy, dict.fromkeys(removals, 0.0), sizes=sizes, max_parameters=max_parameters)  # can it be met at all?
+    shards = expand_shards(calibration)
+    pipe = load_pipeline(folder, device=best_device())
+    change = OutputChange(pipe.unet, calibration_batches(folder, pipe, shards, num_samples))
+    scores: dict[tuple[Unit, ...], float] = {}
+    for units in removals:
+        progress(len(scores), len(removals))
+        scores[units] = _output_change(change, anatomy, units)
+    progress(len(scores), len(removals))
+    chosen = choose(anatomy, scores, sizes=sizes, max_parameters=max_parameters)
+    plan = plan_layout(anatomy, complete(anatomy, {unit for units in chosen for unit in units}))
+    return Selection(
+        plan=plan,
+        scores=tuple(Score(units, count_parameters(anatomy, units, sizes), scores[units]) for units in removals),
+        max_parameters=max_parameters,
+        predicted=sum(scores[units] for units in chosen),
+        measured=change.of_plan(plan),
+        num_samples=change.num_samples,
+    )
+
+
+def _output_change(change: OutputChange, anatomy: Anatomy, units: tuple[Unit, ...]) -> float:
+    if ".t" in units[0]:
+        (module,) = modules_of(units[0], anatomy)
+        return change.of_skipping(module)
+    return change.of_plan(plan_layout(anatomy, complete(anatomy, units)))

@@ -1,0 +1,208 @@
+"""Choose what to remove under a budget: exactly, among what a stock configuration can express.
+
+Units are no free items of a knapsack: a down layer needs an up layer, attentions of a block go together, the mid block
+must be as deep as the first innermost attention. So the choice is one *option* for each level and for the mid block,
+plus single transformer layers of whatever attention stays; an integer program says all of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from bkd.errors import SurgeryError
+from bkd.surgery.anatomy import Anatomy, Block
+from bkd.surgery.options import lacking, level_choices, mid_fits
+from bkd.surgery.units import Unit, all_units, is_within, modules_of
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to leave one place.
+
+    Attributes:
+        place: `level.2` or `mid`.
+        units: What is removed there; empty when all stays.
+    """
+
+    place: str
+    units: tuple[Unit, ...]
+
+
+def enumerate_options(anatomy: Anatomy) -> list[Option]:
+    """Every option of every place that can be chosen whatever the other places do."""
+    options = []
+    for level in range(anatomy.num_levels):
+        options += [Option(f"level.{level}", units) for units in _level_removals(anatomy, level)]
+    innermost = anatomy.num_levels - 1
+    if innermost and _can_go(anatomy, innermost):
+        options.append(Option(f"level.{innermost}", (f"level.{innermost}",)))
+    if anatomy.whole.mid is not None:
+        removals = [(), ("mid",)] + ([("mid.attn",)] if anatomy.whole.mid.stack is not None else [])
+        options += [Option("mid", units) for units in removals]
+    return options
+
+
+def _level_removals(anatomy: Anatomy, level: int) -> list[tuple[Unit, ...]]:
+    removals = []
+    for choice in level_choices(anatomy, level, anatomy.num_levels):
+        down = _attention(f"down.{level}", anatomy.whole.down[level], choice.down)
+        up = _attention(f"up.{anatomy.up_index(level)}", anatomy.whole.up[level], choice.up)
+        lacks = tuple(sorted(lacking(anatomy, level, choice)))
+        removals += [(*lacks, *bare) for bare in (sum(pair, ()) for pair in product(down, up))]
+    return removals
+
+
+def _attention(block: str, whole: Block, kept: Sequence[int]) -> list[tuple[Unit, ...]]:
+    return [(), (f"{block}.attn",)] if whole.stacks and kept else [()]
+
+
+def _can_go(anatomy: Anatomy, level: int) -> bool:
+    """Whether the innermost level can go without a change elsewhere."""
+    return mid_fits(anatomy, level) and all(
+        level_choices(anatomy, other, level) == level_choices(anatomy, other, level + 1) for other in range(level)
+    )
+
+
+def transformer_layers(anatomy: Anatomy) -> list[Unit]:
+    """The single transformer layers."""
+    return [unit for unit in all_units(anatomy) if ".t" in unit]
+
+
+def scorable_removals(anatomy: Anatomy) -> list[tuple[Unit, ...]]:
+    """Everything that `choose` needs a score for."""
+    options = [option.units for option in enumerate_options(anatomy) if option.units]
+    return options + [(layer,) for layer in transformer_layers(anatomy)]
+
+
+def count_parameters(anatomy: Anatomy, units: Sequence[Unit], sizes: Mapping[str, int]) -> int:
+    """Parameters that go with some units.
+
+    Args:
+        anatomy: The teacher's.
+        units: May overlap.
+        sizes: Parameter name -> number of elements, for the whole teacher.
+    """
+    modules = tuple(f"{module}." for unit in units for module in modules_of(unit, anatomy))
+    return sum(size for name, size in sizes.items() if modules and name.startswith(modules))
+
+
+def choose(
+    anatomy: Anatomy,
+    scores: Mapping[tuple[Unit, ...], float],
+    *,
+    sizes: Mapping[str, int],
+    max_parameters: int,
+) -> tuple[tuple[Unit, ...], ...]:
+    """The removals of least summed output change that leave at most so many parameters.
+
+    Args:
+        anatomy: The teacher's.
+        scores: Removed units of an option, or one transformer layer -> output change. All must be there.
+        sizes: Parameter name -> number of elements, for the whole teacher.
+        max_parameters: What may be left.
+
+    Raises:
+        SurgeryError: If even the smallest student has more; says how many.
+    """
+    program = _Program(anatomy, sizes)
+    costs = np.array([scores[units] if units else 0.0 for units in program.removals])
+    chosen = program.solve(costs, max_parameters)
+    if chosen is None:
+        smallest = program.solve(-program.removed.astype(float), None)
+        assert smallest is not None  # without a budget everything is allowed
+        left = sum(sizes.values()) - int(program.removed @ smallest)
+        raise SurgeryError(
+            "no student is that small",
+            got=f"a budget of {max_parameters:,} parameters",
+            allowed=f"{left:,} or more",
+            remedy="keep more, or prune in two steps: the student of a first pruning can be pruned again",
+        )
+    return tuple(units for units, on in zip(program.removals, chosen, strict=True) if on and units)
+
+
+class _Program:
+    """The integer program: a variable for each option, then one for each transformer layer; 1 means removed so."""
+
+    def __init__(self, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+        self.anatomy = anatomy
+        self.options = enumerate_options(anatomy)
+        self.layers = transformer_layers(anatomy)
+        self.total = sum(sizes.values())
+        self.removals = [*(option.units for option in self.options), *((layer,) for layer in self.layers)]
+        self.removed = np.array([count_parameters(anatomy, units, sizes) for units in self.removals])
+        self.constraints = [self._one_option_each(), *self._layers_within_what_stays(), *self._mid_depth()]
+
+    def solve(self, costs: np.ndarray, max_parameters: int | None) -> np.ndarray | None:
+        """Cheapest choice within the budget, as zeros and ones; None where there is none."""
+        constraints = list(self.constraints)
+        if max_parameters is not None:
+            constraints.append(LinearConstraint(self.removed, lb=self.total - max_parameters))
+        ones = np.ones(len(costs))
+        found = milp(costs, constraints=constraints, integrality=ones, bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
+        return None if found.x is None else np.rint(found.x).astype(int)
+
+    def _one_option_each(self) -> LinearConstraint:
+        places = sorted({option.place for option in self.options})
+        rows = [self._row({option: 1 for option in self.options if option.place == place}) for place in places]
+        return LinearConstraint(np.array(rows), lb=1, ub=1)
+
+    def _layers_within_what_stays(self) -> list[LinearConstraint]:
+        """A transformer layer goes by itself only where its attention stays."""
+        rows = []
+        for layer in self.layers:
+            place = self._place(layer)
+            takes = [o for o in self.options if o.place == place and self._takes(o, layer)]
+            rows.append(self._row(dict.fromkeys(takes, 1), {layer: 1}))
+        return [LinearConstraint(np.array(rows), ub=1)] if rows else []
+
+    def _mid_depth(self) -> list[LinearConstraint]:
+        """Where both have attention, the mid block is as deep as the innermost down block's first attention."""
+        mid = self.anatomy.whole.mid
+        if mid is None or mid.stack is None:
+            return []
+        rows, bound = [], len(mid.stack)
+        last = self.anatomy.num_levels - 1
+        gone = [option for option in self.options if option.units == (f"level.{last}",)]
+        for level in range(max(0, last - 1), last + 1):
+            if level < last and not gone:
+                continue
+            for first, stack in enumerate(self.anatomy.whole.down[level].stacks or ()):
+                anchored = [o for o in self.options if o.place == f"level.{level}" and self._first(o, level) == first]
+                surplus = {f"mid.t{number}": 1 for number in mid.stack} | {
+                    f"down.{level}.{first}.t{number}": -1 for number in stack
+                }
+                big = bound + len(stack)
+                active = dict.fromkeys(anchored, big)
+                active |= {option: big for option in self.options if option.place == "mid" and not option.units}
+                active |= {option: big for option in gone if level < last}
+                conditions = 3 if level < last else 2
+                difference = bound - len(stack)
+                for sign in (1, -1):
+                    row = self._row(active, {layer: sign * weight for layer, weight in surplus.items()})
+                    rows.append(LinearConstraint(row, ub=conditions * big + sign * difference))
+        return rows
+
+    def _first(self, option: Option, level: int) -> int | None:
+        """The first down layer with attention that an option keeps; None where it keeps none."""
+        if f"down.{level}.attn" in option.units or f"level.{level}" in option.units:
+            return None
+        kept = [n for n in self.anatomy.whole.down[level].layers if f"down.{level}.{n}" not in option.units]
+        return kept[0] if kept else None
+
+    def _takes(self, option: Option, layer: Unit) -> bool:
+        return any(is_within(layer, unit, self.anatomy) for unit in option.units)
+
+    def _place(self, layer: Unit) -> str:
+        if layer.startswith("mid"):
+            return "mid"
+        side, block = layer.split(".")[:2]
+        return f"level.{block if side == 'down' else self.anatomy.up_index(int(block))}"
+
+    def _row(self, options: Mapping[Option, float], layers: Mapping[Unit, float] | None = None) -> np.ndarray:
+        weights = [options.get(option, 0.0) for option in self.options]
+        return np.array(weights + [(layers or {}).get(layer, 0.0) for layer in self.layers])
