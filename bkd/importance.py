@@ -6,19 +6,23 @@ arXiv:2412.01199), so presets stay the default; docs/surgery.md has our own comp
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from bkd.calibration import calibration_batches, check_calibratable
-from bkd.data.shards import expand_shards
+from bkd.data.shapes_shards import find_shards
 from bkd.errors import SurgeryError
+from bkd.files import cache_folder
 from bkd.model_folder import unet_config
 from bkd.models import best_device, load_pipeline
 from bkd.surgery.anatomy import Anatomy, read_anatomy
 from bkd.surgery.build import build_empty
 from bkd.surgery.choose import choose, count_parameters, scorable_removals
+from bkd.surgery.diagram import diagram_svg
 from bkd.surgery.options import complete
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.score import OutputChange
@@ -43,12 +47,17 @@ class Score:
     change: float
 
 
+IMPORTANCE_FILE = "bkd_importance.json"
+PICTURE_FILE = "bkd_importance.svg"
+
+
 @dataclass(frozen=True)
 class Selection:
     """A choice under a budget.
 
     Attributes:
         plan: What to remove.
+        chosen: The removals that make it up, each with a score of its own.
         scores: Of all options and transformer layers.
         max_parameters: The budget.
         predicted: Sum of the chosen options' output changes.
@@ -57,6 +66,7 @@ class Selection:
     """
 
     plan: RemovalPlan
+    chosen: tuple[tuple[Unit, ...], ...]
     scores: tuple[Score, ...]
     max_parameters: int
     predicted: float
@@ -103,7 +113,7 @@ def select(
     Args:
         folder: The teacher's pipeline folder.
         keep: See `parse_budget`.
-        calibration: Shards of captioned images.
+        calibration: Shards of captioned images; `shapes` for the embedded world's.
         num_samples: How many of them to use.
         progress: Called with (scored, total).
 
@@ -117,7 +127,7 @@ def select(
     max_parameters = parse_budget(keep, sum(sizes.values()))
     removals = scorable_removals(anatomy)
     choose(anatomy, dict.fromkeys(removals, 0.0), sizes=sizes, max_parameters=max_parameters)  # can it be met at all?
-    shards = expand_shards(calibration)
+    shards = find_shards(calibration, cache_folder())
     pipe = load_pipeline(folder, device=best_device())
     change = OutputChange(pipe.unet, calibration_batches(folder, pipe, shards, num_samples))
     scores: dict[tuple[Unit, ...], float] = {}
@@ -129,6 +139,7 @@ def select(
     plan = plan_layout(anatomy, complete(anatomy, {unit for units in chosen for unit in units}))
     return Selection(
         plan=plan,
+        chosen=chosen,
         scores=tuple(Score(units, count_parameters(anatomy, units, sizes), scores[units]) for units in removals),
         max_parameters=max_parameters,
         predicted=sum(scores[units] for units in chosen),
@@ -142,3 +153,26 @@ def _output_change(change: OutputChange, anatomy: Anatomy, units: tuple[Unit, ..
         (module,) = modules_of(units[0], anatomy)
         return change.of_skipping(module)
     return change.of_plan(plan_layout(anatomy, complete(anatomy, units)))
+
+
+def write_importance(folder: Path, teacher: Path, selection: Selection) -> None:
+    """Write scores and choice beside a student: a file for programs and a picture."""
+    anatomy = read_anatomy(unet_config(teacher))
+    kept = complete(anatomy, selection.plan.removed)
+    (folder / IMPORTANCE_FILE).write_text(json.dumps(asdict(selection), indent=2) + "\n")
+    title = f"at most {selection.max_parameters:,} parameters: {selection.plan.name}"
+    subtitle = (
+        f"relative output change: {selection.predicted:.2g} predicted, {selection.measured:.2g} measured "
+        f"on {selection.num_samples} samples"
+    )
+    picture = diagram_svg(anatomy, kept, shorten(title, 90), subtitle=subtitle, scores=_unit_scores(selection.scores))
+    (folder / PICTURE_FILE).write_text(picture)
+
+
+def _unit_scores(scores: Sequence[Score]) -> dict[Unit, float]:
+    """For each unit, the least change of a removal that takes it with at most one partner."""
+    found: dict[Unit, float] = {}
+    for score in scores:
+        for unit in score.units if len(score.units) <= 2 else ():
+            found[unit] = min(score.change, found.get(unit, score.change))
+    return found

@@ -51,15 +51,28 @@ def _figures(cost: UNetCost) -> dict[str, int]:
     }
 
 
-def _origin(folder: Path, teacher: Path | None) -> dict[str, Any] | None:
-    """The plan that a student came by: its own, or the one inferred from a teacher."""
-    plan: RemovalPlan | None = None
+def plan_of(student: Path, teacher: Path | None) -> RemovalPlan:
+    """The plan that a student came by: inferred from a teacher where one is given, else its own.
+
+    Raises:
+        SurgeryError: If there is neither, or the student cannot come from that teacher.
+    """
     if teacher is not None:
-        plan = recognise(unet_config(teacher), unet_config(folder))
-    elif (folder / PLAN_FILE).is_file():
-        plan = load_plan(folder)
-    if plan is None:
+        return recognise(unet_config(teacher), unet_config(student))
+    if not (student / PLAN_FILE).is_file():
+        raise SurgeryError(
+            "this student does not say how it was pruned",
+            where=student,
+            got=f"no {PLAN_FILE}",
+            remedy="--teacher MODEL: the teacher it came from; the plan is then inferred",
+        )
+    return load_plan(student)
+
+
+def _origin(folder: Path, teacher: Path | None) -> dict[str, Any] | None:
+    if teacher is None and not (folder / PLAN_FILE).is_file():
         return None
+    plan = plan_of(folder, teacher)
     return {"plan": plan.name, "removed": list(plan.removed), "inferred": teacher is not None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,7 +72,14 @@ def check_output(teacher: Path, output: Path, *, overwrite: bool) -> None:
 
 
 def prune(
-    teacher: Path, name: str, pruning: Pruning, output: Path, *, revision: str | None = None, overwrite: bool = False
+    teacher: Path,
+    name: str,
+    pruning: Pruning,
+    output: Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    write_more: Callable[[Path], None] = lambda folder: None,
 ) -> int:
     """Write the pruned student as a stock pipeline folder, in the dtype its teacher is stored in, and prove it.
 
@@ -84,6 +92,7 @@ def prune(
         output: Folder to make.
         revision: Of a teacher from the Hub; written into the plan file.
         overwrite: Replace what is there.
+        write_more: Called with the unfinished folder, to write files that belong to the student.
 
     Returns:
         How many tensors were compared with the teacher's.
@@ -103,6 +112,7 @@ def prune(
         expected = _write_unet(teacher, pruning.plan, folder / "unet")
         num_tensors = check_tensors(folder, teacher, pruning.plan)
         check_reload(folder, expected)
+        write_more(folder)
     return num_tensors
 
 

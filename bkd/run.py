@@ -12,12 +12,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from bkd.data.cache import LatentSet, cache_latents
 from bkd.data.index import Sample, index_shard
-from bkd.data.shapes_shards import ensure_shapes_shards
-from bkd.data.shards import expand_shards
+from bkd.data.shapes_shards import find_shards
 from bkd.errors import ModelError, RecipeError
 from bkd.eval.pictures import save_pairs
 from bkd.files import cache_folder
-from bkd.locate import EMBEDDED, locate
+from bkd.locate import locate
 from bkd.methods.base import Diffusion
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.model_folder import is_inpainting, is_sdxl, model_digest, native_resolution, unet_config
@@ -94,11 +93,8 @@ def check_inputs(recipe: Recipe) -> Inputs:
             remedy="train.mixed_precision=no",
         )
     plans = tuple(plan_removal(unet_config(teacher), stage.student.blocks) for stage in recipe.stages)
-    if recipe.data.shards == EMBEDDED:
-        paths = expand_shards(str(ensure_shapes_shards(_cache(recipe))))
-    else:
-        paths = expand_shards(recipe.data.shards)
-    return Inputs(teacher, plans, tuple(index_shard(path) for path in paths))
+    shards = find_shards(recipe.data.shards, _cache(recipe))
+    return Inputs(teacher, plans, tuple(map(index_shard, shards)))
 
 
 def _check_trainable(recipe: Recipe, teacher: Path) -> None:

@@ -28,6 +28,8 @@ SD1 = {
     "block_out_channels": [320, 640, 1280, 1280],
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
 }
 SDXL = {
     "sample_size": 128,

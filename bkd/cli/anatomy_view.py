@@ -12,6 +12,7 @@ from rich.table import Table
 from bkd.cli.console import console, short, table
 
 if TYPE_CHECKING:
+    from bkd.importance import Selection
     from bkd.prune import Pruning
 
 Row = tuple[str, ...]
@@ -75,6 +76,26 @@ def show_pruning(pruning: Pruning) -> None:
     console.print(table("UNet", ("", "parameters", "MACs", "without attention matmuls"), [*rows, share]))
     for note in pruning.notes:
         console.print(f"note: {note}")
+
+
+def show_selection(selection: Selection) -> None:
+    """Every score, the choice, and predicted beside measured output change."""
+    rows = [
+        (
+            ", ".join(score.units),
+            f"{score.parameters:,}",
+            f"{score.change:.2g}",
+            "x" * (score.units in selection.chosen),
+        )
+        for score in sorted(selection.scores, key=lambda score: score.change)
+    ]
+    title = f"relative change of the output when removed, on {selection.num_samples} samples"
+    console.print(table(title, ("units", "parameters", "change", "chosen"), rows))
+    console.print(
+        f"chosen for at most {selection.max_parameters:,} parameters: predicted change {selection.predicted:.2g} "
+        f"(the sum), measured {selection.measured:.2g}"
+    )
+    console.print("scores say little about how well a student recovers in training: compare with a preset")
 
 
 def _compact(units: list[str] | tuple[str, ...]) -> Iterator[str]:

@@ -22,6 +22,7 @@ for verb in (
     models.doctor,
     models.inspect,
     models.prune,
+    models.remap,
     train.train,
     evaluate.sample,
     evaluate.eval_,

@@ -1,13 +1,17 @@
-"""`bkd doctor`, `bkd inspect`, `bkd prune`: environment, anatomy, surgery."""
+"""`bkd doctor`, `bkd inspect`, `bkd prune`, `bkd remap`: environment, anatomy, surgery."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from bkd.cli.console import console, prepare, table
+from bkd.cli.console import console, prepare, progress_view, table
+
+if TYPE_CHECKING:
+    from bkd.importance import Selection
 
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]
 SingleFileConfig = Annotated[
@@ -83,7 +87,14 @@ def _show_anatomy(model: str, found: dict[str, Any]) -> None:
 
 def prune(
     teacher: Annotated[str, typer.Argument(help=f"{MODEL_FORMS}.")],
-    blocks: Annotated[str, typer.Option(help="Presets and units, separated by commas; see `bkd inspect`.")],
+    blocks: Annotated[
+        Optional[str], typer.Option(help="Presets and units, separated by commas; see `bkd inspect`.")
+    ] = None,
+    keep: Annotated[
+        Optional[str], typer.Option(help="Instead of --blocks: choose by score what stays, such as 0.65 or 480M.")
+    ] = None,
+    calibration: Annotated[Optional[str], typer.Option(help="Shards to score with; shapes for the embedded.")] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Samples of them to use.")] = 64,
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder to write.")] = None,
     strict: Annotated[bool, typer.Option(help="Refuse units that can only go with others not named.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Show plan and cost; write nothing.")] = False,
@@ -94,20 +105,72 @@ def prune(
     """Remove blocks from a model's UNet and write the student as a stock pipeline folder."""
     if output is None and not dry_run:
         raise typer.BadParameter("needed unless --dry-run is given", param_hint="-o")
+    if (blocks is None) == (keep is None):
+        raise typer.BadParameter("give either --blocks LIST or --keep SIZE with --calibration SHARDS")
     prepare()
     from bkd.cli.anatomy_view import show_pruning
     from bkd.locate import locate
-    from bkd.prune import check_output, plan_pruning
+    from bkd.prune import check_output, plan_pruning, price
     from bkd.prune import prune as write_pruned
 
-    folder = locate(teacher, revision=revision, config=config, weights=not dry_run)
-    pruning = plan_pruning(folder, blocks, strict=strict)
+    folder = locate(teacher, revision=revision, config=config, weights=keep is not None or not dry_run)
     if output is not None:
         check_output(folder, output, overwrite=overwrite)
+    selection = _select(folder, keep, calibration, calibration_samples) if keep is not None else None
+    pruning = price(folder, selection.plan) if selection else plan_pruning(folder, blocks or "", strict=strict)
     show_pruning(pruning)
     if dry_run or output is None:
         console.print("nothing written (dry run)")
         return
-    compared = write_pruned(folder, teacher, pruning, output, revision=revision, overwrite=overwrite)
+    more = partial(_write_importance, folder, selection)
+    compared = write_pruned(folder, teacher, pruning, output, revision=revision, overwrite=overwrite, write_more=more)
     console.print(f"proved: all {compared} tensors equal the teacher's; loads in stock diffusers and computes the same")
     console.print(f"done: {output}")
+
+
+def _select(folder: Path, keep: str, calibration: str | None, num_samples: int) -> Selection:
+    if calibration is None:
+        raise typer.BadParameter("--keep needs captioned images to score with", param_hint="--calibration")
+    from bkd.cli.anatomy_view import show_selection
+    from bkd.importance import select
+
+    with progress_view() as view:
+        view.phase("scoring every removal")
+        selection = select(folder, keep, calibration, num_samples=num_samples, progress=view.update)
+    show_selection(selection)
+    return selection
+
+
+def _write_importance(teacher: Path, selection: Selection | None, folder: Path) -> None:
+    if selection is not None:
+        from bkd.importance import write_importance
+
+        write_importance(folder, teacher, selection)
+
+
+def remap(
+    lora: Annotated[Path, typer.Argument(help="The teacher's LoRA: a .safetensors file of diffusers, peft or kohya.")],
+    student: Annotated[str, typer.Option(help="A pruned student: a run, a pipeline folder or a Hub id.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    teacher: Annotated[
+        Optional[str], typer.Option(help="Of a student that was pruned elsewhere; its plan is inferred.")
+    ] = None,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output file.")] = False,
+) -> None:
+    """Carry a teacher's LoRA over to a pruned student, and list every tensor that has nowhere to go."""
+    prepare()
+    from bkd.inspection import plan_of
+    from bkd.locate import locate
+    from bkd.lora import remap_lora
+
+    folder = locate(student, revision=revision)
+    plan = plan_of(folder, locate(teacher, weights=False) if teacher else None)
+    found = remap_lora(lora, folder, plan, output, overwrite=overwrite)
+    for key in found.lost:
+        console.print(f"lost, its module was removed: {key}")
+    for key in found.unknown:
+        console.print(f"left out, the teacher has no such module: {key}")
+    lost = f", {len(found.lost)} lost" if found.lost else ""
+    unknown = f", {len(found.unknown)} unknown" if found.unknown else ""
+    console.print(f"done: {output} holds {found.num_carried} tensors{lost}{unknown}")

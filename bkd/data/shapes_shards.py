@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bkd.data.shapes import SIDE, WORLD_VERSION, Split, render, scene
-from bkd.data.shards import NewSample, write_shards
+from bkd.data.shards import NewSample, expand_shards, write_shards
 
+EMBEDDED = "shapes"
 NUM_TRAIN = 10_000
 
 
@@ -33,6 +34,15 @@ def ensure_shapes_shards(cache: Path, *, split: Split = "train", num_samples: in
         write_shards(shapes_samples(split, num_samples, seed=seed), unfinished)
         unfinished.rename(folder)
     return folder
+
+
+def find_shards(spec: str, cache: Path) -> list[Path]:
+    """The tars that SHARDS means; `shapes` is the embedded world.
+
+    Raises:
+        DataError: If nothing matches.
+    """
+    return expand_shards(str(ensure_shapes_shards(cache)) if spec == EMBEDDED else spec)
 
 
 def shapes_samples(split: Split, num_samples: int, *, seed: int = 0) -> Iterator[NewSample]:

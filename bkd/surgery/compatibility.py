@@ -23,7 +23,7 @@ def compatibility_notes(config: Mapping[str, Any], plan: RemovalPlan) -> tuple[s
     ours, theirs = _skips(student), _skips(teacher)
     if ours == theirs:
         notes += ["The teacher's ControlNets fit: all skip connections are still there."]
-    elif ours == theirs[: len(ours)]:
+    elif ours == theirs[: len(ours)] and student.num_levels == teacher.num_levels:
         notes += [
             "The teacher's ControlNets run without an error on this student, and wrongly: some of their residuals have "
             "no skip connection left. Do not use them."

@@ -34,6 +34,7 @@ class RemovalPlan:
         name: The preset's name, or the list of removed units.
         removed: What the student lacks; see `bkd.surgery.units`.
         partners: Those of the removed units that nobody named but that had to go along.
+        removed_modules: The teacher's modules that the student lacks, by module path.
         overrides: Keyword arguments for `from_config`, read back from the built model and compared.
         renamed: Student module prefix -> teacher module prefix; what is not listed keeps its name.
         feature_pairs: For each choice of sites, the pairs from input to output.
@@ -45,6 +46,7 @@ class RemovalPlan:
     renamed: Mapping[str, str]
     feature_pairs: Mapping[Sites, tuple[FeaturePair, ...]]
     partners: tuple[str, ...] = ()
+    removed_modules: tuple[str, ...] = ()
 
     def source_of(self, student_key: str) -> str:
         """The teacher's name for a tensor or module of the student: one map for weights and for LoRA tensors."""
@@ -63,7 +65,7 @@ class RemovalPlan:
         """Read a plan; the further facts of a plan file, such as costs, are left aside."""
         raw = {key: value for key, value in json.loads(text).items() if key in cls.__dataclass_fields__}
         pairs = {sites: tuple(FeaturePair(**pair) for pair in listed) for sites, listed in raw["feature_pairs"].items()}
-        units = {key: tuple(raw.get(key, ())) for key in ("removed", "partners")}
+        units = {key: tuple(raw.get(key, ())) for key in ("removed", "partners", "removed_modules")}
         return cls(**{**raw, **units, "feature_pairs": pairs})
 
 

@@ -17,8 +17,14 @@ from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.presets import PRESETS, preset_layout
 from bkd.surgery.unet import fits, plan_layout
 
-SHARED_KEYS = ("in_channels", "out_channels", "cross_attention_dim", "use_linear_projection", "addition_embed_type")
-"""What pruning never changes."""
+UNCHANGED = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 1280,
+    "use_linear_projection": False,
+    "addition_embed_type": None,
+}
+"""Keys that pruning never changes, with diffusers' defaults."""
 
 
 def recognise(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> RemovalPlan:
@@ -28,9 +34,9 @@ def recognise(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> Removal
         SurgeryError: If no removal leads from the one to the other.
     """
     whole, found = read_anatomy(teacher), read_anatomy(student)
-    if differing := [key for key in SHARED_KEYS if teacher.get(key) != student.get(key)]:
-        key = differing[0]
-        raise _not_a_student(key, got=student.get(key), wanted=teacher.get(key))
+    for key, default in UNCHANGED.items():
+        if (got := student.get(key, default)) != (wanted := teacher.get(key, default)):
+            raise _not_a_student(key, got=got, wanted=wanted)
     if found.channels != whole.channels[: found.num_levels]:
         raise _not_a_student("block_out_channels", got=list(found.channels), wanted=list(whole.channels))
     layouts = [preset_layout(whole, name) for name in PRESETS if fits(whole, name)]
@@ -61,9 +67,11 @@ def _default(teacher: Anatomy, student: Layout) -> Layout:
             return teacher.whole
         down.append(_cut(teacher.whole.down[level], choice.down, student.down[level]))
         up.append(_cut(teacher.whole.up[level], choice.up, student.up[level]))
-    mid = student.mid
-    if mid is not None and mid.stack is not None and teacher.whole.mid is not None:
-        mid = Mid((teacher.whole.mid.stack or ())[: len(mid.stack)])
+    mid, theirs = student.mid, teacher.whole.mid
+    if mid is None or theirs is None:
+        mid = None
+    elif mid.stack is not None and theirs.stack is not None:
+        mid = Mid(theirs.stack[: len(mid.stack)])
     return Layout(tuple(down), tuple(up), mid)
 
 

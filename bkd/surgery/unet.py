@@ -12,7 +12,7 @@ from bkd.surgery.options import complete
 from bkd.surgery.overrides import config_overrides
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.presets import PRESET_NAMES, PRESETS, is_unknown_name, preset_layout
-from bkd.surgery.units import Unit, is_within, parse_unit, removed_units
+from bkd.surgery.units import Unit, is_within, modules_of, parse_unit, removed_units
 
 
 def plan_removal(config: Mapping[str, Any], blocks: str, *, strict: bool = False) -> RemovalPlan:
@@ -72,6 +72,7 @@ def plan_layout(anatomy: Anatomy, layout: Layout, *, partners: tuple[Unit, ...] 
         name=_known_as(anatomy, layout) or ",".join(removed),
         removed=removed,
         partners=partners,
+        removed_modules=tuple(module for unit in removed for module in modules_of(unit, anatomy)),
         overrides=config_overrides(anatomy, layout),
         renamed=renamed_modules(anatomy, layout),
         feature_pairs=feature_pairs(anatomy, layout),

@@ -1,0 +1,146 @@
+"""LoRA files: carry a teacher's adapter to a pruned student through the plan's key map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bkd.errors import ModelError, OutputError
+from bkd.model_folder import unet_config
+from bkd.surgery.build import build_empty
+from bkd.surgery.plan import RemovalPlan
+
+UNET = "unet"
+
+
+@dataclass(frozen=True)
+class Remapped:
+    """What became of a LoRA's tensors.
+
+    Attributes:
+        num_carried: Tensors that the student's file holds, those of text encoders included.
+        lost: Tensors of modules that the student lacks.
+        unknown: UNet tensors of modules that the teacher does not have either.
+    """
+
+    num_carried: int
+    lost: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def remap_lora(lora: Path, student: Path, plan: RemovalPlan, output: Path, *, overwrite: bool = False) -> Remapped:
+    """Write a LoRA file for a student, which `pipe.load_lora_weights` takes.
+
+    Every alpha is multiplied into its up-projection, so that the file needs no metadata and loads the same everywhere.
+
+    Args:
+        lora: The teacher's: `.safetensors`, of diffusers, peft or kohya.
+        student: Pipeline folder.
+        plan: How the student came from the teacher.
+        output: File to write.
+        overwrite: Replace it.
+
+    Raises:
+        BkdError: If the file is no LoRA of this teacher, or nothing of it could be carried over.
+    """
+    if output.exists() and not overwrite:
+        raise OutputError("the output file exists", where=output, remedy="choose another -o, or add --overwrite")
+    config = unet_config(student)
+    tensors = _read(lora, config)
+    shapes = {key.removesuffix(".weight"): p.shape for key, p in build_empty(config).named_parameters()}
+    homes = {plan.source_of(module): module for module in shapes}
+    carried, lost, unknown = {}, [], []
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        module, _, suffix = name.partition(".lora_")
+        if part != UNET:
+            carried[key] = tensor
+        elif module in homes:
+            _check_shape(lora, key, tensor, shapes[homes[module]])
+            carried[f"{UNET}.{homes[module]}.lora_{suffix}"] = tensor
+        elif f"{module}.".startswith(tuple(f"{gone}." for gone in plan.removed_modules)):
+            lost.append(key)
+        else:
+            unknown.append(key)
+    if not any(key.startswith(f"{UNET}.") for key in carried):
+        raise ModelError(
+            "no UNet tensor of this LoRA fits the student",
+            where=lora,
+            got=f"{len(lost)} tensors of removed modules, {len(unknown)} of modules that the teacher does not have",
+            remedy="give a LoRA of the student's own teacher",
+        )
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in carried.items()}, unfinished, metadata={"format": "pt"})
+    unfinished.replace(output)
+    return Remapped(len(carried), tuple(lost), tuple(unknown))
+
+
+def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The file's tensors with alpha / r in the up-projections; the UNet's as `unet.MODULE.lora_A.weight`."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ModelError(
+            "not a LoRA file" if path.is_file() else "no such file",
+            where=path,
+            allowed="a .safetensors file; pickled files can run code and are not read",
+        )
+    try:
+        # The SDXL loader also knows the block numbers of the original layout, and takes files of SD 1.x and 2.x.
+        found, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+            str(path.resolve()), unet_config=_Config(config), return_lora_metadata=True, use_safetensors=True
+        )
+    except Exception as error:  # diffusers raises a dozen kinds for files that are no LoRA it knows
+        raise ModelError("diffusers cannot read this as a LoRA", where=path, got=error) from error
+    if not any("lora" in key for key in found):
+        raise ModelError(
+            "not a LoRA file", where=path, got=", ".join(list(found)[:3]), allowed="tensors named …lora_A / lora_down…"
+        )
+    scaled = {key: tensor * _scale(key, tensor, alphas or {}, metadata or {}) for key, tensor in found.items()}
+    unet = {key: tensor for key, tensor in scaled.items() if key.startswith(f"{UNET}.")}
+    text = {key: tensor for key, tensor in scaled.items() if key not in unet}
+    return {**convert_unet_state_dict_to_peft(unet), **text}
+
+
+class _Config(dict[str, Any]):
+    """A configuration whose keys are attributes too, as diffusers' own is."""
+
+    __getattr__ = dict.__getitem__
+
+
+def _scale(key: str, tensor: Tensor, alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:
+    """alpha / r for an up-projection, 1 for other tensors, and where a file says nothing."""
+    if not key.endswith(("up.weight", "lora_B.weight")):
+        return 1.0
+    rank = tensor.shape[1]
+    # kohya's alphas, under the names that diffusers gives them
+    for name in (key.replace("up.weight", "down.weight.alpha"), f"{key.split('.lora.')[0]}.alpha"):
+        if name in alphas:
+            return float(alphas[name]) / rank
+    part, _, module = key.split(".lora_B.")[0].partition(".")
+    settings = {name.removeprefix(f"{part}."): v for name, v in metadata.items() if name.startswith(f"{part}.")}
+    if "lora_alpha" not in settings:
+        return 1.0
+    patterns = settings.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), module), settings["lora_alpha"])
+    return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))
+
+
+def _check_shape(path: Path, key: str, tensor: Tensor, weight: tuple[int, ...]) -> None:
+    wanted = {"lora_A": (1, weight[1] if len(weight) > 1 else 1), "lora_B": (0, weight[0])}
+    for side, (axis, size) in wanted.items():
+        if f".{side}.weight" in key and tensor.shape[axis] != size:
+            raise ModelError(
+                "this LoRA is for a model of other widths",
+                where=path,
+                got=f"{key}: {tuple(tensor.shape)}",
+                allowed=f"{size} channels at that module",
+                remedy="give a LoRA of the student's own teacher",
+            )

@@ -1,0 +1,117 @@
+"""A UNet as a drawing: what is kept, what is removed, and, where there are scores, what each removal would change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from html import escape
+
+from bkd.surgery.anatomy import Anatomy, Block, Layout, Stack
+from bkd.surgery.units import Unit
+
+WIDTH, TOP, ROW = 800, 64, 76
+RESNET, ATTENTION, HEIGHT, GAP, INDENT, MARGIN = 26, 44, 34, 12, 26, 24
+LAYER = RESNET + ATTENTION + GAP
+KEPT = {"resnet": "#3b6ea5", "attention": "#e08a1e"}
+GONE, LINE, TEXT = "#f3f3f1", "#b9b9b4", "#33332f"
+
+
+def diagram_svg(
+    anatomy: Anatomy, kept: Layout, title: str, *, subtitle: str = "", scores: Mapping[Unit, float] | None = None
+) -> str:
+    """An SVG document.
+
+    Args:
+        anatomy: The teacher's.
+        kept: What the student keeps.
+        title: Above the drawing.
+        subtitle: A second line.
+        scores: Unit -> output change; printed beneath its box.
+    """
+    height = TOP + ROW * (anatomy.num_levels + 1) + 28
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'role="img" font-family="system-ui, sans-serif" font-size="10">',
+        f'<title>{escape(title)}</title><rect width="100%" height="100%" fill="#ffffff"/>',
+        _text(MARGIN, 26, title, size=16, bold=True),
+        _text(MARGIN, 44, subtitle, size=11),
+        *_levels(anatomy, kept, scores or {}),
+        *_mid(anatomy, kept, scores or {}),
+        *_legend(height - 14, bool(scores)),
+        "</svg>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _levels(anatomy: Anatomy, kept: Layout, scores: Mapping[Unit, float]) -> Iterator[str]:
+    for level in range(anatomy.num_levels):
+        y, inset = TOP + ROW * level, MARGIN + INDENT * level
+        down, up = anatomy.whole.down[level], anatomy.whole.up[level]
+        right = WIDTH - inset - LAYER * len(up.layers) + GAP
+        left_end = inset + LAYER * len(down.layers) - GAP
+        middle = y + HEIGHT / 2
+        yield f'<path d="M{left_end},{middle}H{right}" stroke="{LINE}" stroke-dasharray="2 4"/>'
+        gone = level >= kept.num_levels
+        ours = (Block((), None), Block((), None)) if gone else (kept.down[level], kept.up[level])
+        yield from _block(inset, y, f"down.{level}", down, ours[0], scores)
+        yield from _block(right, y, f"up.{anatomy.up_index(level)}", up, ours[1], scores)
+        label = f"level {level} · {anatomy.channels[level]} channels" + (" · removed" if gone else "")
+        yield _text((left_end + right) / 2, middle - 5, label, anchor="middle", colour="#77776f")
+
+
+def _block(x: float, y: float, name: str, whole: Block, kept: Block, scores: Mapping[Unit, float]) -> Iterator[str]:
+    for layer in whole.layers:
+        stays, unit = layer in kept.layers, f"{name}.{layer}"
+        yield _box(x, y, RESNET, "R", "resnet", 1.0 if stays else 0.0)
+        if whole.stacks is not None:
+            stack = whole.stack_of(layer)
+            ours = kept.stack_of(layer) if stays and kept.stacks is not None else None
+            yield _attention(x + RESNET, y, stack, ours)
+        yield _text(x, y + HEIGHT + 11, unit, colour=TEXT if stays else "#9a9a92")
+        if unit in scores:
+            yield _text(x, y + HEIGHT + 22, f"{scores[unit]:.1g}", colour="#a3341f")
+        x += LAYER
+
+
+def _mid(anatomy: Anatomy, kept: Layout, scores: Mapping[Unit, float]) -> Iterator[str]:
+    whole, ours = anatomy.whole.mid, kept.mid
+    if whole is None:
+        return
+    y, x = TOP + ROW * anatomy.num_levels, WIDTH / 2 - RESNET - ATTENTION / 2
+    yield _box(x, y, RESNET, "R", "resnet", float(ours is not None))
+    if whole.stack is not None:
+        yield _attention(x + RESNET, y, whole.stack, ours.stack if ours is not None else None)
+        stays = ours is not None and ours.stack is not None
+        yield _box(x + RESNET + ATTENTION, y, RESNET, "R", "resnet", float(stays))
+    label = "mid" + (f"  {scores['mid']:.1g}" if "mid" in scores else "")
+    yield _text(x, y + HEIGHT + 11, label, colour=TEXT if ours is not None else "#9a9a92")
+
+
+def _attention(x: float, y: float, whole: Stack, kept: Stack | None) -> str:
+    """A box filled as far as its transformer layers are kept; none at all where the attention is gone."""
+    if kept is None:
+        return _box(x, y, ATTENTION, f"A {len(whole)}", "attention", 0.0)
+    label = f"A {len(whole)}" if kept == whole else f"A {len(kept)}/{len(whole)}"
+    return _box(x, y, ATTENTION, label, "attention", len(kept) / max(1, len(whole)))
+
+
+def _box(x: float, y: float, width: int, label: str, kind: str, share: float) -> str:
+    stroke = KEPT[kind] if share else LINE
+    dashes = "" if share else ' stroke-dasharray="3 3"'
+    full = f'<rect x="{x}" y="{y}" width="{width}" height="{HEIGHT}" fill="{GONE}" stroke="{stroke}"{dashes}/>'
+    filled = f'<rect x="{x}" y="{y}" width="{width * share:.1f}" height="{HEIGHT}" fill="{KEPT[kind]}"/>'
+    colour = {0.0: "#9a9a92", 1.0: "#ffffff"}.get(share, TEXT)
+    return full + (filled if share else "") + _text(x + width / 2, y + 21, label, anchor="middle", colour=colour)
+
+
+def _legend(y: float, scored: bool) -> Iterator[str]:
+    words = "R resnet · A n attention with n transformer layers · filled: kept · dashed: removed · dotted: skips"
+    yield _text(MARGIN, y, words + (" · red: output change when removed" if scored else ""), colour="#77776f")
+
+
+def _text(
+    x: float, y: float, text: str, *, size: int = 10, anchor: str = "start", bold: bool = False, colour: str = TEXT
+) -> str:
+    weight = ' font-weight="600"' if bold else ""
+    return (
+        f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(text)}</text>'
+    )

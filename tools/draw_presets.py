@@ -1,0 +1,44 @@
+"""Draw docs/images/presets: what each preset removes from Stable Diffusion 1.x or SDXL.
+
+python tools/draw_presets.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from bench_prune import SD1, SDXL  # noqa: E402
+
+from bkd.surgery.anatomy import read_anatomy  # noqa: E402
+from bkd.surgery.build import build_empty  # noqa: E402
+from bkd.surgery.diagram import diagram_svg  # noqa: E402
+from bkd.surgery.presets import ALIASES, PRESETS, preset_layout  # noqa: E402
+from bkd.surgery.unet import plan_removal  # noqa: E402
+
+
+def main() -> None:
+    for name, preset in PRESETS.items():
+        if name == "none":
+            continue
+        family, config = ("SDXL", SDXL) if name.startswith("koala") else ("Stable Diffusion 1.x", SD1)
+        anatomy = read_anatomy(config)
+        before, after = (
+            sum(p.numel() for p in build_empty(config, plan).parameters())
+            for plan in (None, plan_removal(config, name))
+        )
+        known = ", ".join([name, *(alias for alias, preset in ALIASES.items() if preset == name)])
+        svg = diagram_svg(
+            anatomy,
+            preset_layout(anatomy, name),
+            f"{known}: {preset.summary}",
+            subtitle=f"{family}: {before:,} → {after:,} UNet parameters",
+        )
+        (ROOT / "docs" / "images" / f"{name}.svg").write_text(svg)
+
+
+if __name__ == "__main__":
+    main()
