@@ -89,7 +89,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
         raise ModelError(
             f"cannot get '{name}' from the Hub, and there is no such folder here",
             got=(str(error).strip() or type(error).__name__).splitlines()[0],
-            remedy="give another model: --teacher FOLDER-OR-ID (make: TEACHER=FOLDER-OR-ID); "
+            remedy="give another model by folder or Hub id (bkd train: --teacher, make: TEACHER=); "
             "private repositories need `hf auth login`",
         ) from error
 

@@ -1,6 +1,7 @@
 """Offline and on the CPU; what several tests share."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from bkd.cli.app import main
 from bkd.locate import locate
 from bkd.models import load_pipeline
 
@@ -74,6 +76,23 @@ def teacher(teacher_folder):
     """The embedded pipeline, frozen; tests must not change it."""
     torch.manual_seed(0)
     return load_pipeline(teacher_folder)
+
+
+@pytest.fixture
+def bkd(capsys, monkeypatch, cache):
+    """Run a command in this process: exit code, and everything it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bkd", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -11,27 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bkd.cli.app import main
 from bkd.run_folder import RunFolder
 
 SETTINGS = ["train.batch=8", "train.max_steps=6", "train.checkpoint_every=2", "train.log_every=2"]
-
-
-@pytest.fixture
-def bkd(capsys, monkeypatch, cache):
-    """Run a command in this process: exit code, and everything it printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bkd", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -174,20 +156,8 @@ def test_sampling_writes_numbered_pictures(bkd, tmp_path):
     assert code == 1 and "holds something else" in printed
 
 
-def test_inspect_prints_blocks_and_json(bkd):
-    code, printed = bkd("inspect", "shapes")
-    assert code == 0 and "down_blocks.0.attentions.1" in printed and "sd-tiny" in printed
-    found = json.loads(bkd("inspect", "shapes", "--json")[1])
-    assert found["parameters"] == 5_523_876
-    assert {p["name"]: p["parameters"] for p in found["presets"]}["sd-tiny"] == 2_245_380
-    whole = [b for b in found["blocks"] if b["id"].count(".") <= 1]
-    assert 0.8 < sum(b["share_of_macs"] for b in whole) < 1
-
-
 def test_dry_runs_write_nothing(bkd, tmp_path, monkeypatch, shards):
     monkeypatch.chdir(tmp_path)
-    code, printed = bkd("prune", "shapes", "--blocks", "sd-small", "-o", "out", "--dry-run")
-    assert code == 0 and "down.0.1" in printed and "nothing written" in printed
     code, printed = bkd("train", "shapes/sd-small", f"data.shards={shards[0].parent}", "--dry-run")
     assert code == 0 and "max_steps" in printed and "3,707,652 of 5,523,876" in printed
     assert not list(tmp_path.iterdir())
@@ -201,8 +171,6 @@ def test_doctor_lists_versions(bkd):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prune", "shapes", "--blocks", "sd-smal", "-o", "out"], "did you mean 'sd-small'?"),
-        (["prune", "nobody/nothing", "--blocks", "sd-small", "-o", "out"], "TEACHER="),
         (["train", "shapes/sd-smal"], "did you mean 'shapes/sd-small'?"),
         (["train", "sd15/sd-small"], "data.shards: this recipe needs a value"),
         (["train", "shapes/sd-small", "train.max_step=3"], "did you mean 'train.max_steps'?"),
