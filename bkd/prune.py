@@ -30,6 +30,14 @@ class Pruning:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a finished pruning proved: the teacher's SHA-256, and how many tensors were compared with its own."""
+
+    teacher_digest: str
+    num_tensors: int
+
+
 def plan_pruning(teacher: Path, blocks: str, *, strict: bool = False) -> Pruning:
     """What pruning would do, from the configuration alone.
 
@@ -80,7 +88,7 @@ def prune(
     revision: str | None = None,
     overwrite: bool = False,
     write_more: Callable[[Path], None] = lambda folder: None,
-) -> int:
+) -> Written:
     """Write the pruned student as a stock pipeline folder, in the dtype its teacher is stored in, and prove it.
 
     Weights are read from mapped files and written through; what stays in memory is about the student's own size.
@@ -94,17 +102,15 @@ def prune(
         overwrite: Replace what is there.
         write_more: Called with the unfinished folder, to write files that belong to the student.
 
-    Returns:
-        How many tensors were compared with the teacher's.
-
     Raises:
         BkdError: If the folder is in use, or the written student fails a proof; nothing is left behind then.
     """
     check_output(teacher, output, overwrite=overwrite)
+    digest = model_digest(teacher)
     facts = {
         "teacher": name,
         "teacher_revision": revision,
-        "teacher_digest": model_digest(teacher),
+        "teacher_digest": digest,
         "cost_before": asdict(pruning.before),
         "cost_after": asdict(pruning.after),
     }
@@ -113,7 +119,7 @@ def prune(
         num_tensors = check_tensors(folder, teacher, pruning.plan)
         check_reload(folder, expected)
         write_more(folder)
-    return num_tensors
+    return Written(digest, num_tensors)
 
 
 def _write_unet(teacher: Path, plan: RemovalPlan, part: Path) -> Tensor:

@@ -52,6 +52,7 @@ SMALL_SDXL = {
     "block_out_channels": [16, 32, 48],
     "attention_head_dim": [2, 4, 6],
     "transformer_layers_per_block": [1, 2, 4],
+    "cross_attention_dim": 24,
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 64,
 }
@@ -117,7 +118,7 @@ def family_folders(teacher, tmp_path_factory):
             pipe = StableDiffusionXLPipeline(
                 **same,
                 text_encoder=CLIPTextModel(encoders[8]),
-                text_encoder_2=CLIPTextModelWithProjection(encoders[8]),
+                text_encoder_2=CLIPTextModelWithProjection(encoders[16]),
                 tokenizer_2=teacher.tokenizer,
                 unet=unet,
             )

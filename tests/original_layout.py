@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from safetensors.torch import save_file
 
 RESNET = {
@@ -15,6 +16,8 @@ RESNET = {
 UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -73,8 +76,39 @@ def vae_key(key, levels):
     return key
 
 
+OPEN_CLIP = {
+    "embeddings.token_embedding.": "token_embedding.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+}
+
+
+def open_clip_tensors(encoder):
+    """SDXL's second text encoder, whose query, key and value are one matrix."""
+    tensors, joined = {}, {}
+    for key, tensor in encoder.state_dict().items():
+        name = key.removeprefix("text_model.")
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        if found := re.fullmatch(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
+            joined.setdefault(f"{found[1]}.attn.in_proj_{found[3]}", {})[found[2]] = tensor
+        elif name == "text_projection.weight":
+            tensors["text_projection"] = tensor.T
+        else:
+            tensors[name] = tensor
+    tensors |= {name: torch.cat([parts[part] for part in "qkv"]) for name, parts in joined.items()}
+    return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in tensors.items()}
+
+
 def save_original_layout(pipe, path):
-    """One `.safetensors` file with UNet, autoencoder and text encoder."""
+    """One `.safetensors` file with UNet, autoencoder and text encoder; for SDXL with both of them."""
+    second = getattr(pipe, "text_encoder_2", None)
     tensors = {f"model.diffusion_model.{unet_key(k, pipe.unet.config)}": v for k, v in pipe.unet.state_dict().items()}
     levels = len(pipe.vae.config.block_out_channels)
     for key, tensor in pipe.vae.state_dict().items():
@@ -82,5 +116,8 @@ def save_original_layout(pipe, path):
         is_projection = "attn_1" in name and tensor.ndim == 2
         tensors[f"first_stage_model.{name}"] = tensor[..., None, None] if is_projection else tensor
     for key, tensor in pipe.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
+        home = "cond_stage_model" if second is None else "conditioner.embedders.0"
+        tensors[f"{home}.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
+    if second is not None:
+        tensors |= open_clip_tensors(second)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)

@@ -165,9 +165,9 @@ def test_other_variants_are_neither_read_nor_copied(folder, tmp_path):
 def test_every_family_can_be_pruned_with_every_proof(family_folders, family, tmp_path):
     teacher, out = family_folders[family], tmp_path / "out"
     pruning = plan_pruning(teacher, "bk-small,down.1.attn")
-    compared = write_pruned(teacher, family, pruning, out)
+    written = write_pruned(teacher, family, pruning, out)
     student = load_unet(locate(out))
-    assert compared == len(student.state_dict())
+    assert written.num_tensors == len(student.state_dict())
     facts = json.loads((out / "bkd_plan.json").read_text())
     assert (facts["teacher"], facts["teacher_digest"]) == (family, model_digest(teacher))
     assert facts["cost_after"]["parameters"] == sum(p.numel() for p in student.parameters())
@@ -223,6 +223,21 @@ def test_a_single_file_is_the_pipeline_it_was_made_from(single_file, teacher_fol
     prune(folder, str(single_file), "sd-small", tmp_path / "out")
     assert locate(single_file, config="shapes") == folder
     assert locate(single_file, config="shapes", weights=False) == teacher_folder
+
+
+@pytest.mark.parametrize("family", ["sdxl", "inpaint"])
+def test_single_files_of_other_families(family_folders, family, cache, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    original = DiffusionPipeline.from_pretrained(family_folders[family], safety_checker=None)
+    path = tmp_path / f"{family}.safetensors"
+    save_original_layout(original, path)
+    imported = DiffusionPipeline.from_pretrained(locate(path, config=family_folders[family]))
+    assert type(imported) is type(original)
+    for name, part in original.components.items():
+        if isinstance(part, torch.nn.Module):
+            found = getattr(imported, name).state_dict()
+            assert all(torch.equal(tensor, found[key]) for key, tensor in part.state_dict().items()), name
 
 
 def test_single_files_say_what_they_need(single_file, family_folders, tmp_path, cache):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from bkd.cli.console import console, short, table
+from bkd.surgery.plan import PLAN_FILE
 
 if TYPE_CHECKING:
     from bkd.importance import Selection
-    from bkd.prune import Pruning
+    from bkd.prune import Pruning, Written
 
 Row = tuple[str, ...]
 
@@ -76,6 +78,18 @@ def show_pruning(pruning: Pruning) -> None:
     console.print(table("UNet", ("", "parameters", "MACs", "without attention matmuls"), [*rows, share]))
     for note in pruning.notes:
         console.print(f"note: {note}")
+
+
+def show_written(teacher: str, pruning: Pruning, written: Written, output: Path) -> None:
+    """What was proved of a written student, and what its plan file holds."""
+    sites = ", ".join(f"{len(pairs)} {name}" for name, pairs in pruning.plan.feature_pairs.items())
+    console.print(f"proved: all {written.num_tensors} tensors equal the teacher's, byte for byte")
+    console.print("proved: another process, without bkd, loads it with stock diffusers and computes the same")
+    console.print(
+        f"plan: {output / PLAN_FILE}: teacher {teacher} (sha256 {written.teacher_digest[:16]}…), "
+        f"{len(pruning.plan.renamed)} renamed modules, feature sites: {sites}"
+    )
+    console.print(f"done: {output}")
 
 
 def show_selection(selection: Selection) -> None:

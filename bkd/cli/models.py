@@ -108,7 +108,7 @@ def prune(
     if (blocks is None) == (keep is None):
         raise typer.BadParameter("give either --blocks LIST or --keep SIZE with --calibration SHARDS")
     prepare()
-    from bkd.cli.anatomy_view import show_pruning
+    from bkd.cli.anatomy_view import show_pruning, show_written
     from bkd.locate import locate
     from bkd.prune import check_output, plan_pruning, price
     from bkd.prune import prune as write_pruned
@@ -123,9 +123,8 @@ def prune(
         console.print("nothing written (dry run)")
         return
     more = partial(_write_importance, folder, selection)
-    compared = write_pruned(folder, teacher, pruning, output, revision=revision, overwrite=overwrite, write_more=more)
-    console.print(f"proved: all {compared} tensors equal the teacher's; loads in stock diffusers and computes the same")
-    console.print(f"done: {output}")
+    written = write_pruned(folder, teacher, pruning, output, revision=revision, overwrite=overwrite, write_more=more)
+    show_written(teacher, pruning, written, output)
 
 
 def _select(folder: Path, keep: str, calibration: str | None, num_samples: int) -> Selection:
