@@ -42,7 +42,12 @@ def unet_cost(config: Mapping[str, Any], plan: RemovalPlan | None = None, *, num
         num_tokens: Length of the prompt embedding.
     """
     unet = build_empty(dict(config), plan)
-    flops = count_flops(unet, num_tokens)["Global"]
+    return summed_cost(unet, count_flops(unet, num_tokens))
+
+
+def summed_cost(unet: UNet2DConditionModel, counts: Mapping[str, Mapping[Any, int]]) -> UNetCost:
+    """The cost of a UNet whose operations `count_flops` has counted."""
+    flops = counts["Global"]
     attention = sum(n for operator, n in flops.items() if any(name in str(operator) for name in ATTENTION_MATMULS))
     total = sum(flops.values())
     return UNetCost(sum(p.numel() for p in unet.parameters()), total // 2, (total - attention) // 2)

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bkd.cost import UNetCost, count_flops, unet_cost
+from torch import nn
+
+from bkd.cost import UNetCost, count_flops, summed_cost, unet_cost
 from bkd.errors import SurgeryError
-from bkd.model_folder import prompt_length, unet_config
+from bkd.model_folder import model_digest, prompt_length, unet_config
 from bkd.surgery.anatomy import Anatomy, read_anatomy
 from bkd.surgery.build import build_empty
-from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plan
+from bkd.surgery.plan import PLAN_FILE, Lineage, load_plan, load_plans
 from bkd.surgery.presets import ALIASES, PRESETS
 from bkd.surgery.recognise import recognise
 from bkd.surgery.unet import fits, plan_removal
-from bkd.surgery.units import Unit, all_units, modules_of
+from bkd.surgery.units import Unit, all_units, modules_of, parent_of
 
 
 def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
@@ -27,18 +29,20 @@ def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
 
     Returns:
         For programs as it stands: `parameters`, `macs`, `macs_without_attention`, `student_of`, `units`, `presets`.
-        Each unit has `id`, `modules`, `parameters`, `share_of_macs`, `partners`, and `reason`: why it cannot go.
+        Each unit has `id`, `parent`, `modules`, `parameters`, `share_of_macs`, `partners`, and why it cannot go:
+        `reason`.
 
     Raises:
         SurgeryError: If the model cannot come from that teacher.
     """
     config, tokens = unet_config(folder), prompt_length(folder)
     anatomy = read_anatomy(config)
-    cost = unet_cost(config, num_tokens=tokens)
+    unet = build_empty(config)
+    counts = count_flops(unet, tokens)
     return {
-        **_figures(cost),
+        **_figures(summed_cost(unet, counts)),
         "student_of": _origin(folder, teacher),
-        "units": list(_units(anatomy, tokens)),
+        "units": list(_units(anatomy, unet, counts)),
         "presets": [_preset(config, name, tokens) for name in PRESETS if name != "none" and fits(anatomy, name)],
     }
 
@@ -51,34 +55,46 @@ def _figures(cost: UNetCost) -> dict[str, int]:
     }
 
 
-def plan_of(student: Path, teacher: Path | None) -> RemovalPlan:
-    """The plan that a student came by: inferred from a teacher where one is given, else its own.
+def lineage_of(student: Path, teacher: Path | None) -> Lineage:
+    """How a student came from a teacher: by its own plan files where they lead there, else inferred.
+
+    Args:
+        student: Pipeline folder.
+        teacher: Pipeline folder; None for the only teacher that the plan file knows.
 
     Raises:
-        SurgeryError: If there is neither, or the student cannot come from that teacher.
+        SurgeryError: If it does not say, if there are several teachers, or if it cannot come from that one.
     """
-    if teacher is not None:
-        return recognise(unet_config(teacher), unet_config(student))
-    if not (student / PLAN_FILE).is_file():
+    steps = load_plans(student) if (student / PLAN_FILE).is_file() else []
+    if teacher is None and len(steps) == 1:
+        return Lineage((steps[0][0],))
+    if teacher is None:
         raise SurgeryError(
-            "this student does not say how it was pruned",
+            "this student was pruned in several steps" if steps else "this student does not say how it was pruned",
             where=student,
-            got=f"no {PLAN_FILE}",
-            remedy="--teacher MODEL: the teacher it came from; the plan is then inferred",
+            got=f"{len(steps)} plans" if steps else f"no {PLAN_FILE}",
+            remedy="--teacher MODEL: the one that is meant",
         )
-    return load_plan(student)
+    if steps and (teacher / "unet").is_dir():
+        digest = model_digest(teacher)
+        for number, (_, teacher_digest) in enumerate(steps, start=1):
+            if teacher_digest == digest:
+                return Lineage(tuple(plan for plan, _ in steps[:number]))
+    return Lineage((recognise(unet_config(teacher), unet_config(student)),))
 
 
 def _origin(folder: Path, teacher: Path | None) -> dict[str, Any] | None:
-    if teacher is None and not (folder / PLAN_FILE).is_file():
+    """The plan that a student came by: its own, or the one inferred from a teacher."""
+    if teacher is not None:
+        plan = recognise(unet_config(teacher), unet_config(folder))
+    elif (folder / PLAN_FILE).is_file():
+        plan = load_plan(folder)
+    else:
         return None
-    plan = plan_of(folder, teacher)
     return {"plan": plan.name, "removed": list(plan.removed), "inferred": teacher is not None}
 
 
-def _units(anatomy: Anatomy, tokens: int) -> Iterator[dict[str, Any]]:
-    unet = build_empty(dict(anatomy.config))
-    counts = count_flops(unet, tokens)
+def _units(anatomy: Anatomy, unet: nn.Module, counts: Mapping[str, Mapping[Any, int]]) -> Iterator[dict[str, Any]]:
     flops = {name.partition(".")[2]: sum(found.values()) for name, found in counts.items()}
     total = sum(counts["Global"].values())
     for unit in all_units(anatomy):
@@ -87,6 +103,7 @@ def _units(anatomy: Anatomy, tokens: int) -> Iterator[dict[str, Any]]:
         partners, reason = _removal(anatomy.config, unit)
         yield {
             "id": unit,
+            "parent": parent_of(unit, anatomy),
             "modules": modules,
             "parameters": sum(p.numel() for module in modules for p in unet.get_submodule(module).parameters()),
             "share_of_macs": sum(flops[name] for name in inner) / total,

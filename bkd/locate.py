@@ -10,10 +10,10 @@ import re
 from importlib import resources
 from pathlib import Path
 
+from bkd.data.shapes import EMBEDDED
 from bkd.errors import ModelError
 from bkd.model_folder import check_pipeline_folder, read_json
 
-EMBEDDED = "shapes"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FORMS = (
     f"'{EMBEDDED}', a pipeline folder, a run folder, a single .safetensors file with --config, "
@@ -39,11 +39,15 @@ def locate(
     if str(name) == EMBEDDED:
         return Path(str(resources.files("bkd") / "assets" / "shapes"))
     path = Path(name).expanduser()
+    if revision is not None and path.exists():
+        raise ModelError("--revision is for Hub ids", where=path, got=revision, remedy="leave it out")
     if path.suffix in SINGLE_FILE_SUFFIXES and not path.is_dir():
         return _single_file(path, config, weights)
     if (path / "run.json").is_file() and not (path / "model_index.json").is_file():
         path = _student_of(path)
     elif not path.is_dir():
+        # Configurations first: what is not supported is not downloaded.
+        check_pipeline_folder(_download(str(name), revision, weights=False), weights=False)
         path = _download(str(name), revision, weights)
     check_pipeline_folder(path, weights=weights)
     return path
@@ -70,14 +74,14 @@ def _single_file(path: Path, config: str | Path | None, weights: bool) -> Path:
         raise ModelError(
             "a single file does not say its architecture",
             where=path,
-            remedy="--config FOLDER-OR-ID: a pipeline of the same family; its configuration and tokenizer are used",
+            remedy="--config FOLDER-OR-ID (in a recipe: teacher.config): a pipeline of the same family, "
+            "for its configuration and tokenizer",
         )
-    like = locate(config, weights=False)
-    if not weights:
-        return like
-    from bkd.single_file import import_single_file
+    from bkd.single_file import check_single_file, import_single_file
 
-    return import_single_file(path, like)
+    like = locate(config, weights=False)
+    check_single_file(path, like)
+    return import_single_file(path, like) if weights else like
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from diffusers import StableDiffusionXLPipeline
@@ -16,9 +17,11 @@ from torch import Tensor
 from bkd.errors import ModelError, OutputError
 from bkd.model_folder import unet_config
 from bkd.surgery.build import build_empty
-from bkd.surgery.plan import RemovalPlan
+from bkd.surgery.plan import Lineage
 
 UNET = "unet"
+ORIGINAL_LAYOUT = SimpleNamespace(layers_per_block=2)
+"""Files with block numbers of the original layout count as whole teachers do, whatever the student has left."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Remapped:
     unknown: tuple[str, ...]
 
 
-def remap_lora(lora: Path, student: Path, plan: RemovalPlan, output: Path, *, overwrite: bool = False) -> Remapped:
+def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, overwrite: bool = False) -> Remapped:
     """Write a LoRA file for a student, which `pipe.load_lora_weights` takes.
 
     Every alpha is multiplied into its up-projection, so that the file needs no metadata and loads the same everywhere.
@@ -44,7 +47,7 @@ def remap_lora(lora: Path, student: Path, plan: RemovalPlan, output: Path, *, ov
     Args:
         lora: The teacher's: `.safetensors`, of diffusers, peft or kohya.
         student: Pipeline folder.
-        plan: How the student came from the teacher.
+        lineage: How the student came from the teacher.
         output: File to write.
         overwrite: Replace it.
 
@@ -53,10 +56,9 @@ def remap_lora(lora: Path, student: Path, plan: RemovalPlan, output: Path, *, ov
     """
     if output.exists() and not overwrite:
         raise OutputError("the output file exists", where=output, remedy="choose another -o, or add --overwrite")
-    config = unet_config(student)
-    tensors = _read(lora, config)
-    shapes = {key.removesuffix(".weight"): p.shape for key, p in build_empty(config).named_parameters()}
-    homes = {plan.source_of(module): module for module in shapes}
+    tensors = _read(lora)
+    shapes = {key.removesuffix(".weight"): p.shape for key, p in build_empty(unet_config(student)).named_parameters()}
+    homes = {lineage.source_of(module): module for module in shapes}
     carried, lost, unknown = {}, [], []
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
@@ -66,7 +68,7 @@ def remap_lora(lora: Path, student: Path, plan: RemovalPlan, output: Path, *, ov
         elif module in homes:
             _check_shape(lora, key, tensor, shapes[homes[module]])
             carried[f"{UNET}.{homes[module]}.lora_{suffix}"] = tensor
-        elif f"{module}.".startswith(tuple(f"{gone}." for gone in plan.removed_modules)):
+        elif f"{module}.".startswith(tuple(f"{gone}." for gone in lineage.removed_modules())):
             lost.append(key)
         else:
             unknown.append(key)
@@ -84,7 +86,7 @@ def remap_lora(lora: Path, student: Path, plan: RemovalPlan, output: Path, *, ov
     return Remapped(len(carried), tuple(lost), tuple(unknown))
 
 
-def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     """The file's tensors with alpha / r in the up-projections; the UNet's as `unet.MODULE.lora_A.weight`."""
     if path.suffix != ".safetensors" or not path.is_file():
         raise ModelError(
@@ -93,9 +95,9 @@ def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
             allowed="a .safetensors file; pickled files can run code and are not read",
         )
     try:
-        # The SDXL loader also knows the block numbers of the original layout, and takes files of SD 1.x and 2.x.
+        # The SDXL loader takes files of SD 1.x and 2.x, too.
         found, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-            str(path.resolve()), unet_config=_Config(config), return_lora_metadata=True, use_safetensors=True
+            str(path.resolve()), unet_config=ORIGINAL_LAYOUT, return_lora_metadata=True, use_safetensors=True
         )
     except Exception as error:  # diffusers raises a dozen kinds for files that are no LoRA it knows
         raise ModelError("diffusers cannot read this as a LoRA", where=path, got=error) from error
@@ -107,12 +109,6 @@ def _read(path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     unet = {key: tensor for key, tensor in scaled.items() if key.startswith(f"{UNET}.")}
     text = {key: tensor for key, tensor in scaled.items() if key not in unet}
     return {**convert_unet_state_dict_to_peft(unet), **text}
-
-
-class _Config(dict[str, Any]):
-    """A configuration whose keys are attributes too, as diffusers' own is."""
-
-    __getattr__ = dict.__getitem__
 
 
 def _scale(key: str, tensor: Tensor, alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors import safe_open
 
@@ -25,6 +25,8 @@ CONFIG_FILES = {
 """The file that each kind of part must have; every other kind has `config.json` and weights."""
 REQUIRED_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 SDXL_PARTS = ("text_encoder_2", "tokenizer_2")
+USUAL_PROMPT_LENGTH = 77
+"""Of CLIP's text encoders."""
 SUPPORTED = "Stable Diffusion 1.x and 2.x, their inpainting variants, and SDXL"
 WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 """Names of the weight files that diffusers and transformers load; a repository may hold other variants beside them."""
@@ -83,16 +85,18 @@ def _check_weights(part: Path) -> None:
             allowed="model.safetensors or diffusion_pytorch_model.safetensors, whole or in numbered parts; "
             "pickled .bin and .ckpt files can run code and are not read",
         )
-    for index in part.glob("*.safetensors.index.json"):
-        if WEIGHTS.fullmatch(index.name.removesuffix(".index.json")):
-            missing = {*read_json(index)["weight_map"].values()} - {path.name for path in files}
-            if missing:
-                raise ModelError(
-                    f"the weights of part '{part.name}' are incomplete",
-                    where=part,
-                    got=f"missing: {', '.join(sorted(missing))}",
-                    remedy="download the missing files",
-                )
+    found = {path.name for path in files}
+    indexes = [p for p in part.glob("*.safetensors.index.json") if WEIGHTS.fullmatch(p.name[: -len(".index.json")])]
+    missing = {name for index in indexes for name in read_json(index).get("weight_map", {}).values()} - found
+    if any("-of-" in name for name in found) and not indexes:
+        missing = {"the .safetensors.index.json of the numbered parts"}
+    if missing:
+        raise ModelError(
+            f"the weights of part '{part.name}' are incomplete",
+            where=part,
+            got=f"missing: {', '.join(sorted(missing))}",
+            remedy="download the missing files",
+        )
     for path in files:
         try:
             safe_open(path, framework="np")  # reads the header, which knows how long the file must be
@@ -151,9 +155,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: If it cannot be read.
     """
     try:
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelError(f"{path.name} cannot be read", where=path, got=error) from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path.name} cannot be read", where=path, got=type(found).__name__, allowed="a JSON object")
+    return found
 
 
 def weight_files(part: Path) -> list[Path]:
@@ -171,7 +178,7 @@ def _read_index(folder: Path) -> dict[str, tuple[str | None, str | None]]:
             remedy="name the folder that holds model_index.json",
         )
     index = read_json(path)
-    return {part: (entry[0], entry[1]) for part, entry in index.items() if isinstance(entry, list)}
+    return {part: (entry[0], entry[1]) for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
 
 
 def parts_of(folder: Path) -> list[str]:
@@ -193,7 +200,7 @@ def native_resolution(folder: Path) -> int:
 
 def prompt_length(folder: Path) -> int:
     """Tokens of a padded prompt: the length of the UNet's prompt embedding."""
-    return int(read_json(folder / "tokenizer" / "tokenizer_config.json")["model_max_length"])
+    return int(read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", USUAL_PROMPT_LENGTH))
 
 
 def model_digest(folder: Path, parts: Sequence[str] | None = None) -> str:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from bkd.cost import UNetCost, unet_cost
 from bkd.errors import OutputError, SurgeryError
-from bkd.model_folder import model_digest, prompt_length, unet_config
+from bkd.model_folder import model_digest, prompt_length, read_json, unet_config
 from bkd.models import load_unet, stored_dtype
 from bkd.proof import check_reload, check_tensors, probe_output
 from bkd.student_folder import new_student_folder, require_free
 from bkd.surgery.build import build_student
 from bkd.surgery.compatibility import compatibility_notes
-from bkd.surgery.plan import RemovalPlan
+from bkd.surgery.plan import PLAN_FILE, RemovalPlan
 from bkd.surgery.unet import plan_removal
 
 
@@ -74,9 +74,9 @@ def check_output(teacher: Path, output: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: If the folder is in use, or is the teacher itself.
     """
-    if output.resolve() == teacher.resolve():
-        raise OutputError("the output folder is the teacher itself", where=output, remedy="choose another -o")
-    require_free(output, overwrite=overwrite, marker="model_index.json")
+    if teacher.resolve().is_relative_to(output.resolve()):
+        raise OutputError("the output folder is or holds the teacher itself", where=output, remedy="choose another -o")
+    require_free(output, overwrite=overwrite, marker=PLAN_FILE)
 
 
 def prune(
@@ -111,6 +111,7 @@ def prune(
         "teacher": name,
         "teacher_revision": revision,
         "teacher_digest": digest,
+        "teacher_plan": read_json(teacher / PLAN_FILE) if (teacher / PLAN_FILE).is_file() else None,
         "cost_before": asdict(pruning.before),
         "cost_after": asdict(pruning.after),
     }

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from bkd.errors import ModelError
 from bkd.files import cache_folder, file_digest
-from bkd.model_folder import is_inpainting, is_sdxl, unet_config
+from bkd.model_folder import check_pipeline_folder, is_inpainting, is_sdxl, unet_config
 from bkd.models import DTYPES
 from bkd.surgery.build import build_empty
 
@@ -34,34 +36,56 @@ def import_single_file(path: Path, like: Path) -> Path:
     Raises:
         ModelError: If the file is damaged, lacks a UNet, or does not fit the configuration.
     """
-    dtype = _check_fits(path, like)
+    dtype = check_single_file(path, like)
     sources = [path, *sorted(found for found in like.rglob("*") if found.suffix in (".json", ".txt"))]
     name = hashlib.sha256("".join(map(file_digest, sources)).encode()).hexdigest()[:16]
     folder = cache_folder() / "models" / name
-    if (folder / "model_index.json").is_file():
-        return folder
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if not (folder / "model_index.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}.") as scratch:
+            _convert(path, like, dtype, Path(scratch) / name)
+            with suppress(FileExistsError):  # another process was faster, with the same bytes
+                (Path(scratch) / name).rename(folder)
+    check_pipeline_folder(folder)
+    return folder
+
+
+def _convert(path: Path, like: Path, dtype: torch.dtype, folder: Path) -> None:
     try:
         pipe = _pipeline_class(unet_config(like)).from_single_file(
             str(path), config=str(like), torch_dtype=dtype, local_files_only=True, safety_checker=None
         )
-        pipe.save_pretrained(unfinished, safe_serialization=True)
-        unfinished.rename(folder)
+        # A tensor that the file lacks shows only now, as one without memory.
+        missing = [name for name, part in pipe.components.items() if isinstance(part, nn.Module) and _is_empty(part)]
     except Exception as error:  # a part that is missing shows as one of many kinds of error
-        raise ModelError(
-            "diffusers cannot read this file with that configuration",
-            where=path,
-            got=(str(error).strip() or type(error).__name__).splitlines()[0],
-            allowed="UNet, autoencoder and text encoder(s) in the original Stable Diffusion layout",
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+        raise _unreadable(path, str(error).strip() or type(error).__name__) from error
+    if missing:
+        raise _unreadable(path, f"tensors of {', '.join(missing)} are missing")
+    pipe.save_pretrained(folder, safe_serialization=True)
 
 
-def _check_fits(path: Path, like: Path) -> torch.dtype:
-    """Refuse a file that is damaged or of another architecture; returns the dtype its UNet is stored in."""
+def _is_empty(part: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in part.parameters())
+
+
+def _unreadable(path: Path, problem: str) -> ModelError:
+    return ModelError(
+        "diffusers cannot read this file with that configuration",
+        where=path,
+        got=problem.splitlines()[0],
+        allowed="UNet, autoencoder and text encoder(s) in the original Stable Diffusion layout",
+    )
+
+
+def check_single_file(path: Path, like: Path) -> torch.dtype:
+    """Refuse a file that is damaged or of another architecture, from its header alone.
+
+    Returns:
+        The dtype its UNet is stored in.
+
+    Raises:
+        ModelError: Saying what does not fit.
+    """
     try:
         with safe_open(path, framework="np") as file:
             tensors = {key: file.get_slice(key) for key in file.keys() if key.startswith(UNET_PREFIX)}  # noqa: SIM118

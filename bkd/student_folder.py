@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,9 +57,10 @@ def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts:
         facts: More to write into the plan file, such as the teacher's digest.
     """
     folder = folder.resolve()
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: two commands that write to one place must not write into each other.
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.unfinished-"))
+    unfinished.chmod(0o755)
     try:
         for part in parts_of(teacher):
             if part != "unet":

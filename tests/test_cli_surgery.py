@@ -38,6 +38,13 @@ def test_inspect_takes_seconds_for_sdxl_and_needs_no_weights(bkd, family_folders
     assert code == 0 and "nothing written" in printed
 
 
+def test_neighbours_share_a_word_and_gaps_do_not():
+    from bkd.cli.anatomy_view import _compact
+
+    stack = [f"down.2.0.t{number}" for number in (0, 5, 6, 7, 9, 10)]
+    assert [*_compact(["mid", *stack])] == ["mid", "down.2.0.t0", "down.2.0.t5 … t7", "down.2.0.t9", "down.2.0.t10"]
+
+
 def test_a_dry_run_shows_partners_and_cost(bkd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, printed = bkd("prune", "shapes", "--blocks", "down.1.1,mid.attn", "-o", "out", "--dry-run")
@@ -53,7 +60,7 @@ def test_a_dry_run_shows_partners_and_cost(bkd, tmp_path, monkeypatch):
 def test_a_pruned_folder_says_what_it_is_and_can_be_pruned_again(bkd, tmp_path):
     code, printed = bkd("prune", "shapes", "--blocks", "sd-small", "-o", tmp_path / "small")
     assert code == 0 and "tensors equal the teacher's" in printed and "loads it with stock diffusers" in printed
-    assert "teacher shapes (sha256 " in printed and "9 block, 8 bk" in printed
+    assert "teacher shapes, sha256 " in printed and "feature sites: 9 block, 8 bk" in printed
     plan = json.loads((tmp_path / "small" / PLAN_FILE).read_text())
     assert plan["name"] == "sd-small" and plan["partners"] == [] and plan["teacher"] == "shapes"
     assert plan["cost_after"] == {"parameters": 3_707_652, "macs": 32_400_064, "macs_without_attention": 31_003_648}
@@ -149,6 +156,8 @@ def test_bad_input_is_an_error_and_writes_nothing(bkd, tmp_path, monkeypatch, ar
         ([*OUT], "--blocks LIST or --keep SIZE"),
         (["--blocks", "mid", "--keep", "0.5", *OUT], "--blocks LIST or --keep SIZE"),
         (["--keep", "0.5", *OUT], "captioned images"),
+        (["--keep", "0.5", "--strict", *OUT], "names no units"),
+        (["--blocks", "mid", "--calibration", "shapes", *OUT], "goes with --keep"),
     ],
 )
 def test_prune_says_which_options_it_needs(bkd, tmp_path, monkeypatch, arguments, message):

@@ -112,6 +112,9 @@ def test_renamed_layers_of_a_recognised_student():
         (SD1, {**SD1, "block_out_channels": [320, 640, 960, 1280]}, "block_out_channels: this UNet cannot come"),
         (SD1, {**SD1, "layers_per_block": 3}, r"layers: this UNet cannot come(.|\n)*\[3, 3, 3, 3\]"),
         (SD1, {**SD1, "layers_per_block": [2, 0, 2, 2]}, r"layers: this UNet cannot come(.|\n)*\[2, 0, 2, 2\]"),
+        (SD1, {**SD1, "layers_per_block": 1, "attention_head_dim": 16}, r"attention_head_dim: this UNet(.|\n)*16"),
+        (SD2, {**SD2, "attention_head_dim": [5, 10, 20, 40]}, "attention_head_dim: this UNet cannot come"),
+        ({**SD1, "mid_block_type": "UNetMidBlock2D"}, SD1, "layers: this UNet cannot come"),
         ({**SD1, "mid_block_type": None}, SD1, "layers: this UNet cannot come(.|\n)*with mid block"),
     ],
 )

@@ -22,7 +22,7 @@ from bkd.surgery.probe import unet_inputs
 from bkd.surgery.score import OutputChange
 from bkd.surgery.unet import plan_layout, plan_removal
 from bkd.surgery.units import removed_units
-from tests.conftest import SMALL_SD1, SMALL_SD2, SMALL_SDXL
+from tests.conftest import SDXL, SMALL_SD1, SMALL_SD2, SMALL_SDXL
 
 SMALL_CONFIGS = {"SD1": SMALL_SD1, "SD2": SMALL_SD2, "SDXL": SMALL_SDXL}
 
@@ -58,7 +58,8 @@ def test_the_choice_is_the_best_of_all(share):
     budget = round(sum(sizes.values()) * share)
     places = {}
     for option in enumerate_options(anatomy):
-        places.setdefault(option.place, []).append(option)
+        (place,) = option.places
+        places.setdefault(place, []).append(option)
     costs = [[scores[o.units] if o.units else 0.0 for o in options] for options in places.values()]
     saved = [[count_parameters(anatomy, o.units, sizes) for o in options] for options in places.values()]
     total_cost = np.array([sum(picked) for picked in itertools.product(*costs)])
@@ -66,6 +67,44 @@ def test_the_choice_is_the_best_of_all(share):
     best = total_cost[total_saved >= sum(sizes.values()) - budget].min()
     chosen = choose(anatomy, scores, sizes=sizes, max_parameters=budget)
     assert sum(scores[units] for units in chosen) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("model", SMALL_CONFIGS)
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-9])
+def test_the_choice_does_not_depend_on_the_scale_of_scores(model, scale):
+    """Real scores span ten decades, and a solver's tolerances are absolute."""
+    anatomy, sizes = read_anatomy(SMALL_CONFIGS[model]), sizes_of(SMALL_CONFIGS[model])
+    for seed in range(3):
+        rng = random.Random(seed)
+        scores = {units: 10 ** rng.uniform(-8, 0) for units in scorable_removals(anatomy)}
+        budget = round(sum(sizes.values()) * rng.uniform(0.5, 0.95))
+        small = {units: score * scale for units, score in scores.items()}
+        plain = choose(anatomy, scores, sizes=sizes, max_parameters=budget)
+        scaled = choose(anatomy, small, sizes=sizes, max_parameters=budget)
+        assert sum(scores[u] for u in scaled) == pytest.approx(sum(scores[u] for u in plain), rel=1e-9)
+
+
+def test_a_budget_is_kept_to_the_last_parameter():
+    """At SDXL's size a solver's tolerance is thousands of parameters."""
+    anatomy, sizes = read_anatomy(SDXL), sizes_of(SDXL)
+    rng = random.Random(0)
+    scores = {units: rng.random() for units in scorable_removals(anatomy)}
+    budget = sum(sizes.values()) // 2
+    for _ in range(4):
+        chosen = choose(anatomy, scores, sizes=sizes, max_parameters=budget)
+        left = sum(sizes.values()) - sum(count_parameters(anatomy, units, sizes) for units in chosen)
+        assert left <= budget
+        budget = left - 1
+
+
+def test_the_innermost_level_of_sdxl_is_an_option_with_its_partners():
+    anatomy, sizes = read_anatomy(SMALL_SDXL), sizes_of(SMALL_SDXL)
+    level = next(option for option in enumerate_options(anatomy) if "level.2" in option.units)
+    assert {*level.units} == {"level.2", "mid", "down.1.1", "up.1.0"}
+    assert {*level.places} == {"level.2", "level.1", "mid"}
+    scores = {units: 0.0 if units == level.units else 1.0 for units in scorable_removals(anatomy)}
+    chosen = choose(anatomy, scores, sizes=sizes, max_parameters=sum(sizes.values()) // 2)
+    assert chosen == (level.units,)
 
 
 def test_mid_and_first_innermost_stack_stay_equally_deep():

@@ -9,16 +9,23 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bkd.errors import ModelError, OutputError
+from bkd.errors import ModelError, OutputError, SurgeryError
+from bkd.inspection import lineage_of
 from bkd.lora import remap_lora
 from bkd.models import load_pipeline
 from bkd.prune import plan_pruning, prune
-from bkd.surgery.build import build_student
-from bkd.surgery.plan import load_plan
+from bkd.surgery.build import build_empty, build_student
+from bkd.surgery.plan import Lineage, load_plan
 from bkd.surgery.probe import as_arguments, unet_inputs
 from bkd.surgery.unet import plan_removal
+from tests.conftest import SMALL_SDXL
+from tests.original_layout import unet_key
 
 TARGETS = ["to_q", "to_v", "conv1", "proj_in", "conv_in"]
+
+
+def lineage(student):
+    return Lineage((load_plan(student),))
 
 
 def output(unet):
@@ -68,7 +75,7 @@ def adapted(teacher_folder, tmp_path_factory):
 def test_carrying_and_merging_commute(adapted, tiny, form, tmp_path):
     merged, files = adapted
     plan = plan_removal(merged.config, "sd-tiny")
-    found = remap_lora(files[form], tiny, plan, tmp_path / "tiny.safetensors")
+    found = remap_lora(files[form], tiny, lineage(tiny), tmp_path / "tiny.safetensors")
     pipe = load_pipeline(tiny)
     before = output(pipe.unet)
     pipe.load_lora_weights(tmp_path / "tiny.safetensors")
@@ -88,7 +95,7 @@ def test_carrying_and_merging_commute(adapted, tiny, form, tmp_path):
 
 def test_text_encoders_compute_the_same_with_the_carried_file(adapted, tiny, teacher_folder, tmp_path):
     _, files = adapted
-    remap_lora(files["kohya"], tiny, load_plan(tiny), tmp_path / "tiny.safetensors")
+    remap_lora(files["kohya"], tiny, lineage(tiny), tmp_path / "tiny.safetensors")
     found = {}
     for name, folder, lora in (
         ("none", teacher_folder, None),
@@ -108,13 +115,13 @@ def test_text_encoder_tensors_are_carried_as_they_are(adapted, tiny, tmp_path):
     _, files = adapted
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({**load_file(files["diffusers"]), text: torch.ones(2, 64)}, tmp_path / "both.safetensors")
-    remap_lora(tmp_path / "both.safetensors", tiny, load_plan(tiny), tmp_path / "out.safetensors")
+    remap_lora(tmp_path / "both.safetensors", tiny, lineage(tiny), tmp_path / "out.safetensors")
     assert torch.equal(load_file(tmp_path / "out.safetensors")[text], torch.ones(2, 64))
 
 
 def test_what_is_no_lora_of_this_teacher_is_refused(adapted, tiny, tmp_path):
     _, files = adapted
-    plan, out = load_plan(tiny), tmp_path / "out.safetensors"
+    plan, out = lineage(tiny), tmp_path / "out.safetensors"
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=r"not a LoRA file|cannot read this as a LoRA"):
         remap_lora(tmp_path / "other.safetensors", tiny, plan, out)
@@ -145,5 +152,57 @@ def test_modules_that_the_teacher_never_had_are_told_apart(adapted, tiny, tmp_pa
     _, files = adapted
     odd = "unet.down_blocks.7.attentions.0.proj_in.lora_A.weight"
     save_file({**load_file(files["diffusers"]), odd: torch.zeros(4, 4)}, tmp_path / "odd.safetensors")
-    found = remap_lora(tmp_path / "odd.safetensors", tiny, load_plan(tiny), tmp_path / "out.safetensors")
+    found = remap_lora(tmp_path / "odd.safetensors", tiny, lineage(tiny), tmp_path / "out.safetensors")
     assert found.unknown == (odd,) and odd not in found.lost
+
+
+def original_names(config):
+    """Module -> kohya's name for it, by the block numbers of the original layout; attention projections only."""
+    names = {}
+    for module, _ in build_empty(config).named_modules():
+        if module.endswith("to_q"):
+            original = unet_key(f"{module}.weight", config).removesuffix(".weight")
+            names[module] = f"lora_unet_{original.replace('.', '_')}"
+    return names
+
+
+@pytest.mark.parametrize("blocks", ["sd-small", "down.0.1", "bk-small,*.t3"])
+def test_files_with_block_numbers_of_the_original_layout(family_folders, tmp_path, blocks):
+    """As trainers write them for SDXL: the numbers are the teacher's, whatever the student has left."""
+    teacher = family_folders["sdxl"]
+    plan = plan_removal(SMALL_SDXL, blocks)
+    prune(teacher, "xl", plan_pruning(teacher, blocks), tmp_path / "student")
+    names = original_names(SMALL_SDXL)
+    tensors = {}
+    for number, (module, name) in enumerate(names.items()):
+        width = build_empty(SMALL_SDXL).get_submodule(module).weight.shape
+        tensors[f"{name}.lora_down.weight"] = torch.full((2, width[1]), float(number))
+        tensors[f"{name}.lora_up.weight"] = torch.ones(width[0], 2)
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    out = tmp_path / "out.safetensors"
+    found = remap_lora(tmp_path / "kohya.safetensors", tmp_path / "student", lineage(tmp_path / "student"), out)
+    assert not found.unknown
+    carried = load_file(out)
+    kept = [module for module, _ in build_empty(SMALL_SDXL, plan).named_modules() if module.endswith("to_q")]
+    assert len(carried) == 2 * len(kept)
+    for module in kept:
+        number = list(names).index(plan.source_of(module))
+        assert (carried[f"unet.{module}.lora_A.weight"] == number).all(), module
+
+
+def test_a_student_of_a_student_asks_whose_lora_it_is(adapted, teacher_folder, tmp_path):
+    merged, files = adapted
+    first, second = tmp_path / "first", tmp_path / "second"
+    prune(teacher_folder, "shapes", plan_pruning(teacher_folder, "sd-small"), first)
+    prune(first, "first", plan_pruning(first, "mid"), second)
+    with pytest.raises(SurgeryError, match=r"pruned in several steps(.|\n)*--teacher MODEL"):
+        lineage_of(second, None)
+    assert [plan.name for plan in lineage_of(second, first).plans] == ["mid"]
+    both = lineage_of(second, teacher_folder)
+    assert [plan.name for plan in both.plans] == ["mid", "sd-small"]
+    remap_lora(files["diffusers"], second, both, tmp_path / "out.safetensors")
+    pipe = load_pipeline(second)
+    pipe.load_lora_weights(tmp_path / "out.safetensors")
+    expected = build_student(merged, plan_removal(merged.config, "bk-small"))
+    assert torch.allclose(output(pipe.unet), output(expected), atol=1e-5)

@@ -195,6 +195,50 @@ def test_a_missing_part_of_numbered_weights_is_named(folder):
         locate(folder)
 
 
+def test_numbered_parts_need_their_index(folder):
+    load_unet(folder).save_pretrained(folder / "unet", max_shard_size="8MB")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    with pytest.raises(ModelError, match=r"are incomplete\n.*index\.json of the numbered parts"):
+        locate(folder)
+
+
+def test_a_unet_that_lost_blocks_in_place_is_refused(folder, tmp_path):
+    """As in-place pruners save it: fewer tensors than the configuration names; diffusers would make up the rest."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: t for key, t in load_file(path).items() if not key.startswith("mid_block.")}, path)
+    for use in (lambda: prune(folder, "mine", "sd-small", tmp_path / "out"), lambda: load_pipeline(folder)):
+        with pytest.raises(ModelError, match=r"not those of its configuration\n.*the first: mid_block(.|\n)*in place"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("model_index.json", "[]", "model_index.json cannot be read"),
+        ("model_index.json", '{"unet": ["diffusers"]}', "no UNet that bkd can prune"),
+        ("unet/config.json", "3", "config.json cannot be read"),
+    ],
+)
+def test_odd_configurations_are_no_tracebacks(folder, path, text, message):
+    (folder / path).write_text(text)
+    with pytest.raises(ModelError, match=message):
+        locate(folder)
+
+
+def test_a_damaged_plan_is_named(folder):
+    from bkd.errors import SurgeryError
+    from bkd.surgery.plan import load_plan
+
+    for text in ("{", "[]", '{"name": "x"}'):
+        (folder / "bkd_plan.json").write_text(text)
+        with pytest.raises(SurgeryError, match=r"bkd_plan\.json: this plan file cannot be read"):
+            load_plan(folder)
+
+
 def test_configurations_alone_are_enough_to_look(folder):
     from bkd.inspection import inspect_model
 
@@ -247,6 +291,11 @@ def test_single_files_say_what_they_need(single_file, family_folders, tmp_path, 
         locate(single_file, config=family_folders["sd1"])
     with pytest.raises(ModelError, match="no such file"):
         locate(tmp_path / "absent.safetensors", config="shapes")
+    (tmp_path / "zeros.safetensors").write_bytes(bytes(3000))
+    with pytest.raises(ModelError, match="damaged file"):
+        locate(tmp_path / "zeros.safetensors", config="shapes", weights=False)
+    with pytest.raises(ModelError, match=r"--revision is for Hub ids"):
+        locate(single_file, config="shapes", revision="main")
     (tmp_path / "model.ckpt").write_bytes(b"a pickle")
     with pytest.raises(ModelError, match=r"pickled checkpoints can run code(.|\n)*\.safetensors version"):
         locate(tmp_path / "model.ckpt", config="shapes")
@@ -293,8 +342,13 @@ def test_overwrite_replaces_students_and_nothing_else(folder, teacher_folder, tm
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="holds something else"):
         prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "home", overwrite=True)
-    with pytest.raises(OutputError, match="is the teacher itself"):
+    with pytest.raises(OutputError, match="is or holds the teacher itself"):
         prune(folder, "mine", "sd-tiny", folder, overwrite=True)
+    with pytest.raises(OutputError, match="is or holds the teacher itself"):
+        prune(folder, "mine", "sd-tiny", folder.parent, overwrite=True)
+    own = shutil.copytree(folder, tmp_path / "own")
+    with pytest.raises(OutputError, match="holds something else"):  # a pipeline, but none that bkd wrote
+        prune(teacher_folder, "shapes", "sd-tiny", own, overwrite=True)
 
 
 def test_a_failed_proof_leaves_nothing(teacher_folder, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bkd.errors import SurgeryError
+from bkd.hooks import FeatureTap
 from bkd.surgery.anatomy import read_anatomy
 from bkd.surgery.build import build_empty, build_student
 from bkd.surgery.options import level_choices
@@ -190,6 +191,11 @@ def test_presets_and_units_combine():
         (SD1, "down_blocks.9", "unknown unit"),
         (SD1, "conv_in", "unknown preset or unit 'conv_in'(.|\\n)*units of `bkd inspect`"),
         (SD1, "conv_in.weight", "unknown unit 'conv_in.weight'(.|\\n)*bkd inspect"),
+        (SD1, "down_blocks.9.attentions.0", "unknown unit"),
+        (SD1, "down_blocks.3.attentions.0", "unknown unit"),
+        (SD1, "down_blocks.²", "unknown unit"),
+        (SD1, " , ", "nothing would be removed"),
+        ({**SD1, "block_out_channels": [320, 640]}, "mid", "block_out_channels does not have one entry for each level"),
         (SD1, "x.*", "no unit matches the pattern"),
         (SD1, "down_blocks.1.attentions.1", r"cannot drop a single attention(.|\n)*down\.1\.1\.t\*"),
         (SDXL, "sd-tiny", r"as wide as the one above it(.|\n)*koala-700m"),
@@ -210,8 +216,40 @@ def test_the_mid_block_goes_where_its_heads_would_change():
     assert plan_removal(SD2, "level.3").partners == ()
 
 
+@pytest.mark.parametrize("model", SMALL_CONFIGS)
+@pytest.mark.parametrize("seed", range(8))
+def test_feature_pairs_have_equal_shapes(model, seed):
+    """At the usual size: on small latents a 1 x 1 map would fit anywhere."""
+    config, rng = {**SMALL_CONFIGS[model], "sample_size": 16}, random.Random(seed)
+    units = all_units(read_anatomy(config))
+    wishes = ["level.3", "level.3,mid", "level.3,down.2.attn"] if model != "SDXL" else ["level.2", "level.2,up.1.attn"]
+    wish = ",".join(rng.sample(units, k=3)) if seed >= len(wishes) else wishes[seed]
+    try:
+        plan = plan_removal(config, wish)
+    except SurgeryError:
+        return
+    torch.manual_seed(0)
+    teacher = UNet2DConditionModel.from_config(config).eval()
+    student = build_student(teacher, plan)
+    for pairs in plan.feature_pairs.values():
+        shapes = []
+        for unet, names in ((teacher, [p.teacher for p in pairs]), (student, [p.student for p in pairs])):
+            with torch.no_grad(), FeatureTap(unet, names) as tap:
+                unet(**as_arguments(unet_inputs(config, side=16, num_tokens=5)))
+                shapes.append([feature.shape for feature in tap.take()])
+        assert shapes[0] == shapes[1] and pairs
+
+
+def test_where_a_level_is_gone_and_the_mid_block_stays_it_hands_over():
+    pairs = [(p.teacher, p.student) for p in plan_removal(SD1, "level.3").feature_pairs["block"]]
+    assert ("up_blocks.0", "mid_block") in pairs
+    assert ("down_blocks.2.attentions.1.proj_out", "down_blocks.2.attentions.1.proj_out") in pairs
+    assert not [pair for pair in pairs if pair[1] == "down_blocks.2"]
+
+
 def test_every_unit_of_a_list_is_found():
     anatomy = read_anatomy(SDXL)
     assert parse_blocks(anatomy, "mid, down.1.1") == {"mid", "down.1.1"}
     assert len(parse_blocks(anatomy, "*.t*")) == 70
+    assert parse_blocks(anatomy, "mid.t[3,5],down.1.1") == {"mid.t3", "mid.t5", "down.1.1"}
     assert removed_units(anatomy, anatomy.whole) == ()

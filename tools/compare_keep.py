@@ -86,7 +86,8 @@ def main() -> None:
     for name, blocks in arms(teacher, shards).items():
         plan = plan_removal(pipe.unet.config, blocks)
         row: dict[str, Any] = {"name": name, "removed": plan.removed, "output_change": change.of_plan(plan)}
-        row["parameters"] = plan_pruning(teacher, blocks).after.parameters
+        cost = plan_pruning(teacher, blocks).after
+        row |= {"parameters": cost.parameters, "macs": cost.macs}
         for steps in (0, *args.steps):
             outcomes: list[bool] = []
             seeds = range(args.seeds if steps else 1)
@@ -98,7 +99,7 @@ def main() -> None:
             row[f"after {steps}"] = str(proportion(outcomes))
         rows.append(row)
         write_atomically(args.output / "compare_keep.json", json.dumps(rows, indent=2) + "\n")
-    header = ["name", "parameters", "output_change", *(f"after {steps}" for steps in (0, *args.steps))]
+    header = ["name", "parameters", "macs", "output_change", *(f"after {steps}" for steps in (0, *args.steps))]
     print("| " + " | ".join(header) + " |")
     for row in rows:
         print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from bkd.surgery.plan import PLAN_FILE
 
 if TYPE_CHECKING:
     from bkd.importance import Selection
+    from bkd.lora import Remapped
     from bkd.prune import Pruning, Written
 
 Row = tuple[str, ...]
@@ -22,10 +23,10 @@ Row = tuple[str, ...]
 
 def unit_table(model: str, found: dict[str, Any]) -> Table:
     """The tree of units; the transformer layers of one attention share a row."""
+    parents = {unit["id"]: unit["parent"] for unit in found["units"]}
     rows: list[Row] = []
-    for stack, members in groupby(found["units"], key=lambda unit: _stack_of(unit["id"])):
-        units = list(members)
-        rows += [_stack_row(units)] if stack else [_row(unit["id"], unit) for unit in units]
+    for _, members in groupby(found["units"], key=lambda unit: _stack_of(unit["id"]) or unit["id"]):
+        rows.append(_row(list(members), parents))
     title = f"{model}: UNet, {found['parameters']:,} parameters, {short(found['macs'])} MACs"
     return table(title, ("unit", "parameters", "MACs", "when removed"), rows, left=(0, 3))
 
@@ -36,20 +37,19 @@ def _stack_of(unit: str) -> str:
     return found[1] if found else ""
 
 
-def _row(label: str, unit: dict[str, Any], each: str = "") -> Row:
-    return (label, f"{each}{unit['parameters']:,}", f"{each}{unit['share_of_macs']:.1%}", _fate(unit))
-
-
-def _stack_row(units: list[dict[str, Any]]) -> Row:
-    first, last = units[0]["id"], units[-1]["id"]
-    label = f"  {first}" if first == last else f"  {first} … {last.rpartition('.')[2]}"
-    return _row(label, units[0], each="" if first == last else "each ")
-
-
-def _fate(unit: dict[str, Any]) -> str:
+def _row(units: Sequence[dict[str, Any]], parents: dict[str, str | None]) -> Row:
+    """One unit, or the transformer layers of one attention: these differ in nothing but their number."""
+    unit, depth = units[0], 0
+    parent = unit["parent"]
+    while parent is not None:
+        parent, depth = parents[parent], depth + 1
+    each = "each " if len(units) > 1 else ""
+    label = f"{unit['id']} … {units[-1]['id'].rpartition('.')[2]}" if each else unit["id"]
+    partners = [partner for member in units for partner in member["partners"]]
+    fate = f"takes {', '.join(_compact(partners))} along" if partners else ""
     if unit["reason"]:
-        return f"cannot go: {unit['reason']}"
-    return f"takes {', '.join(unit['partners'])} along" if unit["partners"] else ""
+        fate = f"cannot go: {unit['reason']}"
+    return ("  " * depth + label, f"{each}{unit['parameters']:,}", f"{each}{unit['share_of_macs']:.1%}", fate)
 
 
 def preset_table(found: dict[str, Any]) -> Table:
@@ -76,19 +76,17 @@ def show_pruning(pruning: Pruning) -> None:
     left = (after.parameters / before.parameters, after.macs / before.macs)
     share = ("left", *(f"{part:.1%}" for part in (*left, after.macs_without_attention / before.macs_without_attention)))
     console.print(table("UNet", ("", "parameters", "MACs", "without attention matmuls"), [*rows, share]))
+    sites = ", ".join(f"{len(pairs)} {name}" for name, pairs in plan.feature_pairs.items())
+    console.print(f"key map: {len(plan.renamed)} modules renamed, all others keep their name; feature sites: {sites}")
     for note in pruning.notes:
         console.print(f"note: {note}")
 
 
-def show_written(teacher: str, pruning: Pruning, written: Written, output: Path) -> None:
+def show_written(teacher: str, written: Written, output: Path) -> None:
     """What was proved of a written student, and what its plan file holds."""
-    sites = ", ".join(f"{len(pairs)} {name}" for name, pairs in pruning.plan.feature_pairs.items())
     console.print(f"proved: all {written.num_tensors} tensors equal the teacher's, byte for byte")
     console.print("proved: another process, without bkd, loads it with stock diffusers and computes the same")
-    console.print(
-        f"plan: {output / PLAN_FILE}: teacher {teacher} (sha256 {written.teacher_digest[:16]}…), "
-        f"{len(pruning.plan.renamed)} renamed modules, feature sites: {sites}"
-    )
+    console.print(f"plan: {output / PLAN_FILE}; teacher {teacher}, sha256 {written.teacher_digest[:16]}…")
     console.print(f"done: {output}")
 
 
@@ -112,11 +110,26 @@ def show_selection(selection: Selection) -> None:
     console.print("scores say little about how well a student recovers in training: compare with a preset")
 
 
-def _compact(units: list[str] | tuple[str, ...]) -> Iterator[str]:
-    """`down.2.0.t6 … t9` for neighbours of one stack."""
-    for stack, members in groupby(units, key=_stack_of):
-        listed = list(members)
-        if stack and len(listed) > 2:
-            yield f"{listed[0]} … {listed[-1].rpartition('.')[2]}"
+def show_remapped(found: Remapped, output: Path) -> None:
+    """Every tensor that had nowhere to go, and what the new file holds."""
+    for key in found.lost:
+        console.print(f"lost, its module was removed: {key}")
+    for key in found.unknown:
+        console.print(f"left out, the teacher has no such module: {key}")
+    lost = f", {len(found.lost)} lost" if found.lost else ""
+    unknown = f", {len(found.unknown)} unknown" if found.unknown else ""
+    console.print(f"done: {output} holds {found.num_carried} tensors{lost}{unknown}")
+
+
+def _compact(units: Sequence[str]) -> Iterator[str]:
+    """`down.2.0.t6 … t9` for three or more neighbours of one stack."""
+    runs: list[list[str]] = []
+    for unit in units:
+        stack, _, number = unit.rpartition(".t")
+        follows = stack and number.isdecimal() and runs and runs[-1][-1] == f"{stack}.t{int(number) - 1}"
+        runs[-1].append(unit) if follows else runs.append([unit])
+    for run in runs:
+        if len(run) > 2:
+            yield f"{run[0]} … {run[-1].rpartition('.')[2]}"
         else:
-            yield from listed
+            yield from run

@@ -107,6 +107,10 @@ def prune(
         raise typer.BadParameter("needed unless --dry-run is given", param_hint="-o")
     if (blocks is None) == (keep is None):
         raise typer.BadParameter("give either --blocks LIST or --keep SIZE with --calibration SHARDS")
+    if strict and keep is not None:
+        raise typer.BadParameter("--keep names no units, so none can be without their partners", param_hint="--strict")
+    if calibration is not None and keep is None:
+        raise typer.BadParameter("goes with --keep", param_hint="--calibration")
     prepare()
     from bkd.cli.anatomy_view import show_pruning, show_written
     from bkd.locate import locate
@@ -124,7 +128,7 @@ def prune(
         return
     more = partial(_write_importance, folder, selection)
     written = write_pruned(folder, teacher, pruning, output, revision=revision, overwrite=overwrite, write_more=more)
-    show_written(teacher, pruning, written, output)
+    show_written(teacher, written, output)
 
 
 def _select(folder: Path, keep: str, calibration: str | None, num_samples: int) -> Selection:
@@ -159,17 +163,11 @@ def remap(
 ) -> None:
     """Carry a teacher's LoRA over to a pruned student, and list every tensor that has nowhere to go."""
     prepare()
-    from bkd.inspection import plan_of
+    from bkd.cli.anatomy_view import show_remapped
+    from bkd.inspection import lineage_of
     from bkd.locate import locate
     from bkd.lora import remap_lora
 
-    folder = locate(student, revision=revision)
-    plan = plan_of(folder, locate(teacher, weights=False) if teacher else None)
-    found = remap_lora(lora, folder, plan, output, overwrite=overwrite)
-    for key in found.lost:
-        console.print(f"lost, its module was removed: {key}")
-    for key in found.unknown:
-        console.print(f"left out, the teacher has no such module: {key}")
-    lost = f", {len(found.lost)} lost" if found.lost else ""
-    unknown = f", {len(found.unknown)} unknown" if found.unknown else ""
-    console.print(f"done: {output} holds {found.num_carried} tensors{lost}{unknown}")
+    folder = locate(student, revision=revision, weights=False)
+    lineage = lineage_of(folder, locate(teacher, weights=False) if teacher else None)
+    show_remapped(remap_lora(lora, folder, lineage, output, overwrite=overwrite), output)

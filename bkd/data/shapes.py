@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 T = TypeVar("T")
 
+EMBEDDED = "shapes"
+"""What the world, its shards and its teacher are called."""
 WORLD_VERSION = 1
 SIDE = 32
 QUADRANT = SIDE // 2

@@ -11,10 +11,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from bkd.data.shapes import SIDE, WORLD_VERSION, Split, render, scene
+from bkd.data.shapes import EMBEDDED, SIDE, WORLD_VERSION, Split, render, scene
 from bkd.data.shards import NewSample, expand_shards, write_shards
 
-EMBEDDED = "shapes"
 NUM_TRAIN = 10_000
 
 

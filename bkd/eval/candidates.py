@@ -62,7 +62,8 @@ def _labels(models: Sequence[str]) -> list[str]:
 
 def _teacher_of(run: RunFolder, teacher: str | None) -> Path:
     recipe = run.recipe()
-    folder = locate(teacher or recipe.teacher.id, revision=None if teacher else recipe.teacher.revision)
+    own = recipe.teacher
+    folder = locate(teacher) if teacher else locate(own.id, revision=own.revision, config=own.config)
     if model_digest(folder) != run.facts()["teacher_digest"]:
         raise ModelError(
             "this run was distilled from another teacher", where=run.path, got=teacher or recipe.teacher.id

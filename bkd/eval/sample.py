@@ -7,8 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from bkd.data.shapes import EMBEDDED
 from bkd.eval.generate import generate
-from bkd.locate import EMBEDDED, locate
+from bkd.locate import locate
 from bkd.models import best_device, load_pipeline
 from bkd.run_folder import RunFolder
 from bkd.student_folder import require_free

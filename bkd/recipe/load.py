@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bkd.errors import RecipeError, suggest
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe
-from bkd.surgery.presets import PRESET_NAMES, is_unknown_name
+from bkd.surgery.presets import PRESET_NAMES, is_unknown_name, split_list
 
 REQUIRED = "???"
 """A value that the recipe leaves to the command line."""
@@ -241,7 +241,7 @@ def _range_problems(raw: Mapping[str, Any]) -> list[str]:
             if not low <= value <= high:
                 problems.append(f"{key}: should lie between {low:g} and {high:g} (got {value!r})")
         if name == "stages.student.blocks" and isinstance(value, str):
-            for word in filter(is_unknown_name, (part.strip() for part in value.split(","))):
+            for word in filter(is_unknown_name, split_list(value)):
                 near = suggest(word, PRESET_NAMES)
                 problems.append(f"{key}: unknown preset '{word}'{near} (allowed: {', '.join(PRESET_NAMES)}, units)")
     return problems

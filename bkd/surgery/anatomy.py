@@ -102,6 +102,9 @@ def read_anatomy(config: Mapping[str, Any]) -> Anatomy:
         if block_type not in WITH_ATTENTION:
             raise SurgeryError("unsupported kind of block", got=block_type, allowed=", ".join(WITH_ATTENTION))
     count = len(down_types)
+    for key in ("up_block_types", "block_out_channels", "layers_per_block", "transformer_layers_per_block"):
+        if isinstance(value := config.get(key), (list, tuple)) and len(value) != count:
+            raise SurgeryError(f"{key} does not have one entry for each level", got=list(value), allowed=f"{count}")
     layers = _repeat(config.get("layers_per_block", 2), count)
     depths = _repeat(config.get("transformer_layers_per_block", 1), count)
     up_depths = config.get("reverse_transformer_layers_per_block") or tuple(reversed(depths))

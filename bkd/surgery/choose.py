@@ -16,20 +16,20 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from bkd.errors import SurgeryError
 from bkd.surgery.anatomy import Anatomy, Block
-from bkd.surgery.options import lacking, level_choices, mid_fits
-from bkd.surgery.units import Unit, all_units, is_within, modules_of
+from bkd.surgery.options import complete, lacking, level_choices
+from bkd.surgery.units import Unit, all_units, is_within, modules_of, removed_units
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to leave one place.
+    """One way to leave a place.
 
     Attributes:
-        place: `level.2` or `mid`.
+        places: `level.2` or `mid`; several where a removal settles them together.
         units: What is removed there; empty when all stays.
     """
 
-    place: str
+    places: tuple[str, ...]
     units: tuple[Unit, ...]
 
 
@@ -37,13 +37,11 @@ def enumerate_options(anatomy: Anatomy) -> list[Option]:
     """Every option of every place that can be chosen whatever the other places do."""
     options = []
     for level in range(anatomy.num_levels):
-        options += [Option(f"level.{level}", units) for units in _level_removals(anatomy, level)]
-    innermost = anatomy.num_levels - 1
-    if innermost and _can_go(anatomy, innermost):
-        options.append(Option(f"level.{innermost}", (f"level.{innermost}",)))
+        options += [Option((f"level.{level}",), units) for units in _level_removals(anatomy, level)]
+    options += _innermost_removal(anatomy)
     if anatomy.whole.mid is not None:
         removals = [(), ("mid",)] + ([("mid.attn",)] if anatomy.whole.mid.stack is not None else [])
-        options += [Option("mid", units) for units in removals]
+        options += [Option(("mid",), units) for units in removals]
     return options
 
 
@@ -61,11 +59,26 @@ def _attention(block: str, whole: Block, kept: Sequence[int]) -> list[tuple[Unit
     return [(), (f"{block}.attn",)] if whole.stacks and kept else [()]
 
 
-def _can_go(anatomy: Anatomy, level: int) -> bool:
-    """Whether the innermost level can go without a change elsewhere."""
-    return mid_fits(anatomy, level) and all(
-        level_choices(anatomy, other, level) == level_choices(anatomy, other, level + 1) for other in range(level)
-    )
+def _innermost_removal(anatomy: Anatomy) -> list[Option]:
+    """The innermost level with its partners, if the levels that these do not touch keep all their choices."""
+    innermost = anatomy.num_levels - 1
+    try:
+        removed = removed_units(anatomy, complete(anatomy, [f"level.{innermost}"]))
+    except SurgeryError:
+        return []
+    places = {_place(anatomy, unit) for unit in removed}
+    others = [level for level in range(innermost) if f"level.{level}" not in places]
+    if any(level_choices(anatomy, o, innermost) != level_choices(anatomy, o, innermost + 1) for o in others):
+        return []
+    return [Option(tuple(sorted(places)), removed)]
+
+
+def _place(anatomy: Anatomy, unit: Unit) -> str:
+    kind, _, rest = unit.partition(".")
+    if kind in ("level", "mid"):
+        return unit if kind == "level" else "mid"
+    block = int(rest.split(".")[0])
+    return f"level.{block if kind == 'down' else anatomy.up_index(block)}"
 
 
 def transformer_layers(anatomy: Anatomy) -> list[Unit]:
@@ -138,25 +151,52 @@ class _Program:
         self.constraints = [self._one_option_each(), *self._layers_within_what_stays(), *self._mid_depth()]
 
     def solve(self, costs: np.ndarray, max_parameters: int | None) -> np.ndarray | None:
-        """Cheapest choice within the budget, as zeros and ones; None where there is none."""
+        """Cheapest choice within the budget, as zeros and ones; None where there is none.
+
+        The solver's tolerances are absolute, about 1e-6, and scores span ten decades. What costs more than a choice
+        already found cannot be part of a better one: it is ruled out, the rest is scaled up, and solved again.
+        """
+        best = self._solve_scaled(costs, np.ones(len(costs)), max_parameters)
+        while best is not None and (cost := float(costs @ best)) > 0:
+            better = self._solve_scaled(costs / cost, (costs <= cost).astype(float), max_parameters)
+            if better is None or costs @ better >= cost:
+                break
+            best = better
+        return best
+
+    def _solve_scaled(self, costs: np.ndarray, upper: np.ndarray, max_parameters: int | None) -> np.ndarray | None:
         constraints = list(self.constraints)
         if max_parameters is not None:
-            constraints.append(LinearConstraint(self.removed, lb=self.total - max_parameters))
-        ones = np.ones(len(costs))
-        found = milp(costs, constraints=constraints, integrality=ones, bounds=Bounds(0, 1), options={"mip_rel_gap": 0})
-        return None if found.x is None else np.rint(found.x).astype(int)
+            unit = np.gcd.reduce(self.removed)  # small whole numbers are compared more exactly
+            needed = -(-(self.total - max_parameters) // unit)
+            constraints.append(LinearConstraint(self.removed // unit, lb=needed))
+        while True:
+            found = milp(
+                np.where(upper > 0, costs, 0.0),
+                constraints=constraints,
+                integrality=np.ones(len(costs)),
+                bounds=Bounds(0, upper),
+                options={"mip_rel_gap": 0},
+            )
+            if found.x is None:
+                return None
+            chosen: np.ndarray = np.rint(found.x).astype(int)
+            if max_parameters is None or self.total - int(self.removed @ chosen) <= max_parameters:
+                return chosen
+            # Beyond the budget within the solver's tolerance: rule out just this choice.
+            constraints.append(LinearConstraint(1 - 2 * chosen, lb=1 - chosen.sum()))
 
     def _one_option_each(self) -> LinearConstraint:
-        places = sorted({option.place for option in self.options})
-        rows = [self._row({option: 1 for option in self.options if option.place == place}) for place in places]
+        places = sorted({place for option in self.options for place in option.places})
+        rows = [self._row({option: 1 for option in self.options if place in option.places}) for place in places]
         return LinearConstraint(np.array(rows), lb=1, ub=1)
 
     def _layers_within_what_stays(self) -> list[LinearConstraint]:
         """A transformer layer goes by itself only where its attention stays."""
         rows = []
         for layer in self.layers:
-            place = self._place(layer)
-            takes = [o for o in self.options if o.place == place and self._takes(o, layer)]
+            place = _place(self.anatomy, layer)
+            takes = [o for o in self.options if place in o.places and self._takes(o, layer)]
             rows.append(self._row(dict.fromkeys(takes, 1), {layer: 1}))
         return [LinearConstraint(np.array(rows), ub=1)] if rows else []
 
@@ -167,18 +207,18 @@ class _Program:
             return []
         rows, bound = [], len(mid.stack)
         last = self.anatomy.num_levels - 1
-        gone = [option for option in self.options if option.units == (f"level.{last}",)]
+        gone = [option for option in self.options if f"level.{last}" in option.units]
         for level in range(max(0, last - 1), last + 1):
             if level < last and not gone:
                 continue
             for first, stack in enumerate(self.anatomy.whole.down[level].stacks or ()):
-                anchored = [o for o in self.options if o.place == f"level.{level}" and self._first(o, level) == first]
+                anchored = [o for o in self.options if f"level.{level}" in o.places and self._first(o, level) == first]
                 surplus = {f"mid.t{number}": 1 for number in mid.stack} | {
                     f"down.{level}.{first}.t{number}": -1 for number in stack
                 }
                 big = bound + len(stack)
                 active = dict.fromkeys(anchored, big)
-                active |= {option: big for option in self.options if option.place == "mid" and not option.units}
+                active |= {option: big for option in self.options if "mid" in option.places and not option.units}
                 active |= {option: big for option in gone if level < last}
                 conditions = 3 if level < last else 2
                 difference = bound - len(stack)
@@ -196,12 +236,6 @@ class _Program:
 
     def _takes(self, option: Option, layer: Unit) -> bool:
         return any(is_within(layer, unit, self.anatomy) for unit in option.units)
-
-    def _place(self, layer: Unit) -> str:
-        if layer.startswith("mid"):
-            return "mid"
-        side, block = layer.split(".")[:2]
-        return f"level.{block if side == 'down' else self.anatomy.up_index(int(block))}"
 
     def _row(self, options: Mapping[Option, float], layers: Mapping[Unit, float] | None = None) -> np.ndarray:
         weights = [options.get(option, 0.0) for option in self.options]

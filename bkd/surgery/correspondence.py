@@ -48,12 +48,13 @@ def feature_pairs(anatomy: Anatomy, kept: Layout) -> dict[Sites, tuple[FeaturePa
         return {"block": (*down, *mid, *up), "bk": (*down, *up)}
     # The student's innermost block has no downsampler; its output has another size than its teacher's namesake.
     outer, last = down[:-1], _last_layer(anatomy, kept)
+    joint = last
     if anatomy.channels[kept.num_levels] == anatomy.channels[kept.num_levels - 1]:
-        # Segmind: it stands where the teacher's last removed up block hands over, into the same next block.
-        joint = [FeaturePair(f"up_blocks.{gone - 1}", down[-1].student)]
-    else:
-        joint = last
-    return {"block": (*outer, *joint, *mid, *up), "bk": (*outer, *last, *up)}
+        # Segmind: the student's innermost module stands where the teacher's last removed up block hands over, into
+        # the same next block.
+        handing_over = FeaturePair(f"up_blocks.{gone - 1}", "mid_block" if mid else down[-1].student)
+        joint = [*last, handing_over] if mid else [handing_over]
+    return {"block": (*outer, *joint, *up), "bk": (*outer, *last, *up)}
 
 
 def _last_layer(anatomy: Anatomy, kept: Layout) -> list[FeaturePair]:

@@ -44,8 +44,8 @@ def sizes(layout: Layout) -> tuple[object, ...]:
         (len(block.layers), block.stacks and [len(stack) for stack in block.stacks])
         for block in (*layout.down, *layout.up)
     ]
-    mid = layout.mid and (layout.mid.stack is not None and len(layout.mid.stack))
-    return (*blocks, mid)
+    stack = layout.mid.stack if layout.mid is not None else None
+    return (*blocks, layout.mid is not None, None if stack is None else len(stack))
 
 
 def _cut(anatomy: Anatomy, kept: Layout) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bkd.errors import SurgeryError
+
 Sites = Literal["block", "bk"]
 """Which activations feature KD compares: after every block (Segmind), or BK-SDM's own choice."""
 
@@ -69,6 +71,52 @@ class RemovalPlan:
         return cls(**{**raw, **units, "feature_pairs": pairs})
 
 
+@dataclass(frozen=True)
+class Lineage:
+    """The plans that lead from a student back to one of its teachers, the student's own first."""
+
+    plans: tuple[RemovalPlan, ...]
+
+    def source_of(self, student_key: str) -> str:
+        """As `RemovalPlan.source_of`, through all of them."""
+        for plan in self.plans:
+            student_key = plan.source_of(student_key)
+        return student_key
+
+    def removed_modules(self) -> tuple[str, ...]:
+        """Modules of the last teacher that the student lacks."""
+        removed: tuple[str, ...] = ()
+        for plan in self.plans:
+            removed = (*(plan.source_of(module) for module in removed), *plan.removed_modules)
+        return removed
+
+
 def load_plan(folder: Path) -> RemovalPlan:
-    """The plan beside a student that `bkd` wrote."""
-    return RemovalPlan.from_json((folder / PLAN_FILE).read_text())
+    """The plan beside a student that `bkd` wrote.
+
+    Raises:
+        SurgeryError: If the file is damaged.
+    """
+    return load_plans(folder)[0][0]
+
+
+def load_plans(folder: Path) -> list[tuple[RemovalPlan, str]]:
+    """The plan beside a student and those of the teachers before it, each with the SHA-256 of its teacher.
+
+    Raises:
+        SurgeryError: If the file is damaged.
+    """
+    found = []
+    try:
+        facts = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        while facts:
+            found.append((RemovalPlan.from_json(json.dumps(facts)), facts.get("teacher_digest", "")))
+            facts = facts.get("teacher_plan")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            "this plan file cannot be read",
+            where=folder / PLAN_FILE,
+            got=f"{type(error).__name__}: {error}",
+            remedy="prune again, or remove the file and name the teacher with --teacher",
+        ) from error
+    return found

@@ -50,6 +50,11 @@ ALIASES = {"bk-base": "sd-small", "bk-tiny": "sd-tiny"}
 PRESET_NAMES = (*PRESETS, *ALIASES)
 
 
+def split_list(blocks: str) -> list[str]:
+    """The words of a list; a comma inside a pattern's brackets belongs to the pattern."""
+    return [word.strip() for word in re.split(r",(?![^\[]*\])", blocks) if word.strip()]
+
+
 def is_unknown_name(word: str) -> bool:
     """Whether a word of a list is written like a preset's name and is none; units have dots, patterns and paths."""
     return re.fullmatch(r"[\w-]+", word) is not None and word not in (*PRESET_NAMES, "mid", "mid_block")
@@ -84,7 +89,7 @@ def _check_fits(anatomy: Anatomy, name: str, preset: Preset) -> None:
             got=f"layers_per_block {[len(block.layers) for block in anatomy.whole.down]}",
             remedy="name the units to remove; `bkd inspect` lists them",
         )
-    if preset.num_levels_removed and anatomy.channels[-1] != anatomy.channels[-2]:
+    if preset.num_levels_removed and (anatomy.num_levels < 2 or anatomy.channels[-1] != anatomy.channels[-2]):
         raise SurgeryError(
             f"preset '{name}' needs an innermost level as wide as the one above it",
             got=f"block_out_channels {list(anatomy.channels)}",

@@ -23,6 +23,9 @@ UNCHANGED = {
     "cross_attention_dim": 1280,
     "use_linear_projection": False,
     "addition_embed_type": None,
+    "attention_head_dim": 8,
+    "num_attention_heads": None,
+    "norm_num_groups": 32,
 }
 """Keys that pruning never changes, with diffusers' defaults."""
 
@@ -35,7 +38,10 @@ def recognise(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> Removal
     """
     whole, found = read_anatomy(teacher), read_anatomy(student)
     for key, default in UNCHANGED.items():
-        if (got := student.get(key, default)) != (wanted := teacher.get(key, default)):
+        got, wanted = student.get(key, default), teacher.get(key, default)
+        if isinstance(wanted, (list, tuple)):
+            got, wanted = list(got) if isinstance(got, (list, tuple)) else got, list(wanted)[: found.num_levels]
+        if got != wanted:
             raise _not_a_student(key, got=got, wanted=wanted)
     if found.channels != whole.channels[: found.num_levels]:
         raise _not_a_student("block_out_channels", got=list(found.channels), wanted=list(whole.channels))
@@ -70,8 +76,8 @@ def _default(teacher: Anatomy, student: Layout) -> Layout:
     mid, theirs = student.mid, teacher.whole.mid
     if mid is None or theirs is None:
         mid = None
-    elif mid.stack is not None and theirs.stack is not None:
-        mid = Mid(theirs.stack[: len(mid.stack)])
+    elif mid.stack is not None:
+        mid = theirs if theirs.stack is None else Mid(theirs.stack[: len(mid.stack)])
     return Layout(tuple(down), tuple(up), mid)
 
 

@@ -11,7 +11,7 @@ from bkd.surgery.correspondence import feature_pairs, renamed_modules
 from bkd.surgery.options import complete
 from bkd.surgery.overrides import config_overrides
 from bkd.surgery.plan import RemovalPlan
-from bkd.surgery.presets import PRESET_NAMES, PRESETS, is_unknown_name, preset_layout
+from bkd.surgery.presets import PRESET_NAMES, PRESETS, is_unknown_name, preset_layout, split_list
 from bkd.surgery.units import Unit, is_within, modules_of, parse_unit, removed_units
 
 
@@ -47,11 +47,16 @@ def parse_blocks(anatomy: Anatomy, blocks: str) -> frozenset[Unit]:
         SurgeryError: If a name is unknown or a preset does not fit the teacher.
     """
     wanted: set[Unit] = set()
-    for word in (part.strip() for part in blocks.split(",")):
+    words = split_list(blocks)
+    for word in words:
         if word in PRESET_NAMES:
             wanted.update(removed_units(anatomy, preset_layout(anatomy, word)))
-        elif word:
+        else:
             wanted.update(_unit(anatomy, word))
+    if not words:
+        raise SurgeryError(
+            "nothing would be removed", got=f"'{blocks}'", remedy="`bkd inspect` lists presets and units"
+        )
     return frozenset(wanted)
 
 

@@ -41,14 +41,24 @@ def blocks_of(anatomy: Anatomy, layout: Layout) -> Iterator[tuple[BlockName, Blo
 
 
 def all_units(anatomy: Anatomy) -> list[Unit]:
-    """Every unit in the order the UNet runs, each block's own after those of its layers; the levels come last."""
+    """Every unit, level by level from the outside in; the mid block comes last."""
     found: list[Unit] = []
-    named = sorted(blocks_of(anatomy, anatomy.whole))  # down before up, each by number
-    for name, block, _ in named:
-        if name.side == "up" and name.number == 0:
-            found += _mid_units(anatomy)
+    for name, block, _ in blocks_of(anatomy, anatomy.whole):
+        if name.side == "down":
+            found.append(f"level.{name.number}")
         found += _block_units(name, block)
-    return found + [f"level.{level}" for level in range(anatomy.num_levels)]
+    return [*found, *_mid_units(anatomy)]
+
+
+def parent_of(unit: Unit, anatomy: Anatomy) -> Unit | None:
+    """The next larger unit that goes with this one's place: its layer, its level, or the mid block."""
+    kind, _, rest = unit.partition(".")
+    if kind in ("down", "up") and ".t" in rest:
+        return unit.rpartition(".")[0]
+    if kind in ("down", "up"):
+        block = int(rest.split(".")[0])
+        return f"level.{block if kind == 'down' else anatomy.up_index(block)}"
+    return "mid" if kind == "mid" and rest else None
 
 
 def _block_units(name: BlockName, block: Block) -> Iterator[Unit]:
@@ -146,10 +156,19 @@ def parse_unit(text: str, anatomy: Anatomy) -> frozenset[Unit]:
         if not found:
             raise SurgeryError(f"no unit matches the pattern '{text}'", remedy="`bkd inspect MODEL` lists all units")
         return found
-    path = re.fullmatch(r"(down_blocks|up_blocks|mid_block)((?:\.\w+)*)", text)
+    path = re.fullmatch(r"(down_blocks|up_blocks|mid_block)((?:\.[a-z0-9_]+)*)", text)
     named = _from_path(path[1], [*filter(None, path[2].split("."))], anatomy) if path else frozenset()
     if named and named <= {*units}:
         return named
+    if (single := re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)", text)) and (
+        layer := f"{single[1]}.{single[2]}.{single[3]}"
+    ) + ".t0" in units:
+        raise SurgeryError(
+            "a stock configuration cannot drop a single attention",
+            got=text,
+            allowed=f"{layer} (the layer), {single[1]}.{single[2]}.attn (all attentions of the block), "
+            f"or its transformer layers: {layer}.t*",
+        )
     hint = suggest(text, [*units, *PATH_FORMS])
     raise SurgeryError(f"unknown unit '{text}'{hint}", remedy="`bkd inspect MODEL` lists all units and presets")
 
@@ -168,7 +187,7 @@ def _from_path(block: str, rest: list[str], anatomy: Anatomy) -> frozenset[Unit]
     if block == "mid_block":
         return _from_mid_path(rest)
     match rest:
-        case [index] if index.isdigit() and int(index) < anatomy.num_levels:
+        case [index] if index.isdecimal() and int(index) < anatomy.num_levels:
             level = int(index) if block == "down_blocks" else anatomy.up_index(int(index))
             return frozenset([f"level.{level}"])
         case [index, "attentions"]:
@@ -177,14 +196,6 @@ def _from_path(block: str, rest: list[str], anatomy: Anatomy) -> frozenset[Unit]
             return frozenset([f"{block[:-7]}.{index}.{layer}"])
         case [index, "attentions", layer, "transformer_blocks", number]:
             return frozenset([f"{block[:-7]}.{index}.{layer}.t{number}"])
-        case [index, "attentions", layer]:
-            name = f"{block[:-7]}.{index}"
-            raise SurgeryError(
-                "a stock configuration cannot drop a single attention",
-                got=f"{block}.{'.'.join(rest)}",
-                allowed=f"{name}.{layer} (the layer), {name}.attn (all attentions of the block), or its transformer "
-                f"layers: {name}.{layer}.t*",
-            )
     return frozenset()
 
 
