@@ -96,6 +96,12 @@ def bkd(capsys, monkeypatch, cache):
     return run
 
 
+@pytest.fixture
+def without_reload(monkeypatch):
+    """For tests of other things: pruning without the second process, which takes ten seconds to start."""
+    monkeypatch.setattr("bkd.prune.check_reload", lambda folder, expected: None)
+
+
 @pytest.fixture(scope="session")
 def family_folders(teacher, tmp_path_factory):
     """Small pipelines of every supported family, with random UNets: name -> folder."""

@@ -73,7 +73,7 @@ def test_a_pruned_folder_says_what_it_is_and_can_be_pruned_again(bkd, tmp_path):
     assert code == 0 and "removed: mid" in printed
 
 
-def test_keep_scores_chooses_and_draws(bkd, tmp_path, shards):
+def test_keep_scores_chooses_and_draws(bkd, tmp_path, shards, without_reload):
     keep = ("--keep", "0.7", "--calibration", shards[0].parent, "--calibration-samples", 4)
     code, printed = bkd("prune", "shapes", *keep, "-o", tmp_path / "out")
     assert code == 0 and "predicted change" in printed and "measured" in printed
@@ -84,7 +84,7 @@ def test_keep_scores_chooses_and_draws(bkd, tmp_path, shards):
     assert plan["cost_after"]["parameters"] <= 0.7 * plan["cost_before"]["parameters"]
 
 
-def test_remap_lists_what_is_lost(bkd, tmp_path):
+def test_remap_lists_what_is_lost(bkd, tmp_path, without_reload):
     from safetensors.torch import load_file, save_file
 
     bkd("prune", "shapes", "--blocks", "mid,down.1.1", "-o", tmp_path / "student")

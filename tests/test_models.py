@@ -70,7 +70,8 @@ def test_a_broken_configuration_is_named(folder):
         ("sample_size", None, r"not supported\n.*sample_size None"),
         ("class_embed_type", "timestep", r"not supported\n.*class_embed_type timestep"),
         ("down_block_types", ["KDownBlock2D"] * 4, r"not supported\n.*kind of block KDownBlock2D"),
-        ("layers_per_block", [2, 2], r"not supported\n.*a configuration that cannot be read"),
+        ("layers_per_block", [2, 2], r"not supported\n.*layers_per_block does not have one entry"),
+        ("layers_per_block", "two", r"not supported\n.*a configuration that cannot be read"),
     ],
 )
 def test_unsupported_unets_are_refused_at_once(folder, key, value, message):
@@ -123,7 +124,7 @@ def test_facts_of_the_embedded_teacher(teacher_folder):
     assert model_digest(teacher_folder) == model_digest(teacher_folder)
 
 
-def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path):
+def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path, without_reload):
     pruning = prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "out")
     written = tmp_path / "out"
     locate(written)
@@ -137,7 +138,7 @@ def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path):
     assert stored_dtype(written) == torch.float16
 
 
-def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher, tmp_path):
+def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher, tmp_path, without_reload):
     from bkd.surgery.build import build_student
     from bkd.surgery.unet import plan_removal
 
@@ -147,7 +148,7 @@ def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher
     assert all(torch.equal(tensor, pruned[name]) for name, tensor in student.items())
 
 
-def test_other_variants_are_neither_read_nor_copied(folder, tmp_path):
+def test_other_variants_are_neither_read_nor_copied(folder, tmp_path, without_reload):
     unet, vae = folder / "unet", folder / "vae"
     digest = model_digest(folder)
     for part in (unet, vae):
@@ -257,7 +258,7 @@ def single_file(teacher_folder, tmp_path_factory):
     return path
 
 
-def test_a_single_file_is_the_pipeline_it_was_made_from(single_file, teacher_folder, cache, tmp_path):
+def test_a_single_file_is_the_pipeline_it_was_made_from(single_file, teacher_folder, cache, tmp_path, without_reload):
     folder = locate(single_file, config="shapes")
     assert cache in folder.parents and stored_dtype(folder) == torch.float16
     for name, loaded in load_pipeline(folder).components.items():
@@ -331,7 +332,7 @@ def test_a_folder_in_use_is_left_alone(teacher_folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_overwrite_replaces_students_and_nothing_else(folder, teacher_folder, tmp_path):
+def test_overwrite_replaces_students_and_nothing_else(folder, teacher_folder, tmp_path, without_reload):
     out = tmp_path / "out"
     prune(teacher_folder, "shapes", "sd-small", out)
     with pytest.raises(OutputError, match="or add --overwrite"):
@@ -366,7 +367,7 @@ def test_the_proof_notices_other_weights(teacher_folder, teacher):
         check_reload(teacher_folder, probe_output(unet))
 
 
-def test_the_proof_compares_every_tensor(teacher_folder, tmp_path):
+def test_the_proof_compares_every_tensor(teacher_folder, tmp_path, without_reload):
     from safetensors.torch import load_file, save_file
 
     pruning = prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Draw docs/images/presets: what each preset removes from Stable Diffusion 1.x or SDXL.
+"""Draw docs/images/PRESET.svg: what each preset removes from Stable Diffusion 1.x or SDXL.
 
 python tools/draw_presets.py
 """

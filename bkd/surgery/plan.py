@@ -97,7 +97,8 @@ def load_plan(folder: Path) -> RemovalPlan:
     Raises:
         SurgeryError: If the file is damaged.
     """
-    return load_plans(folder)[0][0]
+    plan, _ = load_plans(folder)[0]
+    return plan
 
 
 def load_plans(folder: Path) -> list[tuple[RemovalPlan, str]]:
@@ -109,7 +110,7 @@ def load_plans(folder: Path) -> list[tuple[RemovalPlan, str]]:
     found = []
     try:
         facts = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-        while facts:
+        while facts is not None:
             found.append((RemovalPlan.from_json(json.dumps(facts)), facts.get("teacher_digest", "")))
             facts = facts.get("teacher_plan")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
