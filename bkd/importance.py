@@ -156,7 +156,13 @@ def _output_change(change: OutputChange, anatomy: Anatomy, units: tuple[Unit, ..
 
 
 def write_importance(folder: Path, teacher: Path, selection: Selection) -> None:
-    """Write scores and choice beside a student: a file for programs and a picture."""
+    """Write scores and choice beside a student: a file for programs and a picture.
+
+    Args:
+        folder: The student's; must exist.
+        teacher: The teacher's pipeline folder.
+        selection: What was chosen.
+    """
     anatomy = read_anatomy(unet_config(teacher))
     kept = complete(anatomy, selection.plan.removed)
     (folder / IMPORTANCE_FILE).write_text(json.dumps(asdict(selection), indent=2) + "\n")

@@ -54,11 +54,11 @@ def plan_pruning(teacher: Path, blocks: str, *, strict: bool = False) -> Pruning
         raise SurgeryError(
             "nothing would be removed", got=f"--blocks '{blocks}'", remedy="`bkd inspect` lists presets and units"
         )
-    return price(teacher, plan)
+    return with_cost(teacher, plan)
 
 
-def price(teacher: Path, plan: RemovalPlan) -> Pruning:
-    """A plan with the cost of the UNet before and after it."""
+def with_cost(teacher: Path, plan: RemovalPlan) -> Pruning:
+    """A plan with the cost of the UNet before and after it, and with notes for the student's users."""
     config, tokens = unet_config(teacher), prompt_length(teacher)
     return Pruning(
         plan,

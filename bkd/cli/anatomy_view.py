@@ -25,16 +25,15 @@ def unit_table(model: str, found: dict[str, Any]) -> Table:
     """The tree of units; the transformer layers of one attention share a row."""
     parents = {unit["id"]: unit["parent"] for unit in found["units"]}
     rows: list[Row] = []
-    for _, members in groupby(found["units"], key=lambda unit: _stack_of(unit["id"]) or unit["id"]):
+    for _, members in groupby(found["units"], key=lambda unit: _stack_of(unit["id"])):
         rows.append(_row(list(members), parents))
     title = f"{model}: UNet, {found['parameters']:,} parameters, {short(found['macs'])} MACs"
     return table(title, ("unit", "parameters", "MACs", "when removed"), rows, left=(0, 3))
 
 
 def _stack_of(unit: str) -> str:
-    """`down.1.0` for its transformer layer `down.1.0.t3`; empty for other units."""
-    found = re.fullmatch(r"(.+)\.t\d+", unit)
-    return found[1] if found else ""
+    """`down.1.0.t` for its transformer layer `down.1.0.t3`; other units are by themselves."""
+    return re.sub(r"\.t\d+$", ".t", unit)
 
 
 def _row(units: Sequence[dict[str, Any]], parents: dict[str, str | None]) -> Row:

@@ -103,25 +103,18 @@ def prune(
     config: SingleFileConfig = None,
 ) -> None:
     """Remove blocks from a model's UNet and write the student as a stock pipeline folder."""
-    if output is None and not dry_run:
-        raise typer.BadParameter("needed unless --dry-run is given", param_hint="-o")
-    if (blocks is None) == (keep is None):
-        raise typer.BadParameter("give either --blocks LIST or --keep SIZE with --calibration SHARDS")
-    if strict and keep is not None:
-        raise typer.BadParameter("--keep names no units, so none can be without their partners", param_hint="--strict")
-    if calibration is not None and keep is None:
-        raise typer.BadParameter("goes with --keep", param_hint="--calibration")
+    _check_options(blocks, keep, calibration, strict, can_write=output is not None or dry_run)
     prepare()
     from bkd.cli.anatomy_view import show_pruning, show_written
     from bkd.locate import locate
-    from bkd.prune import check_output, plan_pruning, price
+    from bkd.prune import check_output, plan_pruning, with_cost
     from bkd.prune import prune as write_pruned
 
     folder = locate(teacher, revision=revision, config=config, weights=keep is not None or not dry_run)
     if output is not None:
         check_output(folder, output, overwrite=overwrite)
-    selection = _select(folder, keep, calibration, calibration_samples) if keep is not None else None
-    pruning = price(folder, selection.plan) if selection else plan_pruning(folder, blocks or "", strict=strict)
+    selection = _select(folder, keep, calibration, calibration_samples) if keep and calibration else None
+    pruning = with_cost(folder, selection.plan) if selection else plan_pruning(folder, blocks or "", strict=strict)
     show_pruning(pruning)
     if dry_run or output is None:
         console.print("nothing written (dry run)")
@@ -131,9 +124,22 @@ def prune(
     show_written(teacher, written, output)
 
 
-def _select(folder: Path, keep: str, calibration: str | None, num_samples: int) -> Selection:
-    if calibration is None:
+def _check_options(
+    blocks: str | None, keep: str | None, calibration: str | None, strict: bool, *, can_write: bool
+) -> None:
+    if not can_write:
+        raise typer.BadParameter("needed unless --dry-run is given", param_hint="-o")
+    if (blocks is None) == (keep is None):
+        raise typer.BadParameter("give either --blocks LIST or --keep SIZE with --calibration SHARDS")
+    if strict and keep is not None:
+        raise typer.BadParameter("--keep names no units, so none can be without their partners", param_hint="--strict")
+    if calibration is not None and keep is None:
+        raise typer.BadParameter("goes with --keep", param_hint="--calibration")
+    if keep is not None and calibration is None:
         raise typer.BadParameter("--keep needs captioned images to score with", param_hint="--calibration")
+
+
+def _select(folder: Path, keep: str, calibration: str, num_samples: int) -> Selection:
     from bkd.cli.anatomy_view import show_selection
     from bkd.importance import select
 

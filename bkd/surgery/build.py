@@ -51,7 +51,11 @@ def build_student(
 
 
 def build_empty(config: dict[str, Any], plan: RemovalPlan | None = None) -> UNet2DConditionModel:
-    """The network of a configuration, changed by a plan, on the meta device: exact shapes, no memory."""
+    """The network of a configuration, changed by a plan, on the meta device: exact shapes, no memory.
+
+    Raises:
+        SurgeryError: If the built model does not have the planned configuration.
+    """
     with torch.device("meta"):
         model = UNet2DConditionModel.from_config(config, **(plan.overrides if plan else {}))
     if plan:

@@ -37,7 +37,11 @@ class OutputChange:
         self._power = sum(float(output.double().square().sum()) for output in self._expected)
 
     def of_plan(self, plan: RemovalPlan) -> float:
-        """When a student is built by a plan; its weights are the teacher's own, not copies."""
+        """When a student is built by a plan; its weights are the teacher's own, not copies.
+
+        Raises:
+            SurgeryError: If the plan is not for this teacher.
+        """
         return self._of(build_student(self._teacher, plan, share_base=True))
 
     def of_skipping(self, module: str) -> float:
