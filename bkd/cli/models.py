@@ -120,6 +120,7 @@ def prune(
         console.print("nothing written (dry run)")
         return
     more = partial(_write_importance, folder, selection)
+    console.print("writing, comparing and reloading …")
     written = write_pruned(folder, teacher, pruning, output, revision=revision, overwrite=overwrite, write_more=more)
     show_written(teacher, written, output)
 
