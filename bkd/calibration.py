@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bkd.data.images import decode_image, to_model_range
+from bkd.data.images import decode_image, images_at_once, to_model_range
 from bkd.data.index import index_shard
 from bkd.errors import DataError, ModelError
 from bkd.model_folder import is_inpainting, is_sdxl, native_resolution, unet_config
 from bkd.models import load_noise_schedule
 from bkd.rng import StepRng
 
-MAX_PIXELS = 1 << 20
-"""Images in one pass: four of 512 px."""
 MAX_BATCH = 32
 
 
@@ -61,7 +59,7 @@ def calibration_batches(folder: Path, pipe: Any, shards: list[Path], num_samples
             allowed="images (jpg, png, webp) with captions (txt)",
             remedy="give other shards: --calibration SHARDS",
         )
-    size = max(1, min(MAX_BATCH, MAX_PIXELS // resolution**2))
+    size = images_at_once(resolution, MAX_BATCH)
     # Evenly spread over the schedule: a few samples then see it all.
     schedule = load_noise_schedule(folder)
     steps = schedule.num_train_timesteps

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bkd.data.images import decode_image, to_model_range
+from bkd.data.images import decode_image, images_at_once, to_model_range
 from bkd.data.index import Sample
 from bkd.errors import DataError
 from bkd.files import write_atomically
@@ -29,8 +29,6 @@ from bkd.files import write_atomically
 CACHE_VERSION = 2
 MAX_BAD_FRACTION = 0.1
 MAX_BATCH = 64
-MAX_PIXELS = 1 << 20
-"""Images and pixels encoded at once: four images of 512 px, which fit a small GPU in float32."""
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -137,7 +135,7 @@ def _encode_shard(
     captions: list[str] = []
     bad: list[str] = []
     decoded = _decoded(samples, resolution, bad)
-    batch = max(1, min(MAX_BATCH, MAX_PIXELS // resolution**2))
+    batch = images_at_once(resolution, MAX_BATCH)
     while chunk := list(islice(decoded, batch)):
         moments.append(_encode(torch.stack([pixels for pixels, _ in chunk]), vae))
         captions += [caption for _, caption in chunk]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bkd.errors import DataError
 
+MAX_PIXELS = 1 << 20
+
 
 def decode_image(encoded: bytes, resolution: int) -> Tensor:
     """Decode an image to a square of the training resolution.
@@ -48,6 +50,16 @@ def _on_white(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def images_at_once(side: int, most: int) -> int:
+    """How many images to encode or draw in one pass: as many pixels as four images of 512 px, which fit a small GPU.
+
+    Args:
+        side: Of the images, in pixels.
+        most: However small they are.
+    """
+    return max(1, min(most, MAX_PIXELS // side**2))
 
 
 def to_model_range(pixels: Tensor) -> Tensor:

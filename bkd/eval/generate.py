@@ -8,11 +8,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from bkd.data.images import to_pixels
+from bkd.data.images import images_at_once, to_pixels
 
 MAX_BATCH = 50
-MAX_PIXELS = 1 << 20
-"""Images and pixels drawn at once: four images of 512 px."""
 
 
 @torch.no_grad()
@@ -42,7 +40,7 @@ def generate(
         (N, 3, H, W), uint8, on the CPU.
     """
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    batch = max(1, min(MAX_BATCH, MAX_PIXELS // side**2))
+    batch = images_at_once(side, MAX_BATCH)
     images = []
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
