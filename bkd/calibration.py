@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bkd.data.images import decode_image, images_at_once, to_model_range
+from bkd.data.cache import decoded_samples
+from bkd.data.images import images_at_once, to_model_range
 from bkd.data.index import index_shard
 from bkd.errors import DataError, ModelError
 from bkd.model_folder import is_inpainting, is_sdxl, native_resolution, unet_config
@@ -51,7 +51,8 @@ def calibration_batches(folder: Path, pipe: Any, shards: list[Path], num_samples
         DataError: If no sample can be used.
     """
     resolution = native_resolution(folder)
-    usable = list(islice(_decoded(shards, resolution), num_samples))
+    samples = chain.from_iterable(map(index_shard, shards))
+    usable = list(islice(decoded_samples(samples, resolution, bad=[]), num_samples))
     if not usable:
         raise DataError(
             "no sample of the calibration shards can be used",
@@ -75,16 +76,6 @@ def calibration_batches(folder: Path, pipe: Any, shards: list[Path], num_samples
         floats = {name: tensor.to(pipe.device, pipe.unet.dtype) for name, tensor in inputs.items()}
         batches.append({**floats, "timestep": timesteps[start : start + size].to(pipe.device)})
     return batches
-
-
-def _decoded(shards: list[Path], resolution: int) -> Iterator[tuple[Tensor, str]]:
-    for sample in chain.from_iterable(map(index_shard, shards)):
-        assert sample.image_extension is not None  # index_shard keeps only such samples
-        try:
-            pixels = decode_image(sample.read(sample.image_extension), resolution)
-        except DataError:
-            continue
-        yield pixels, sample.read("txt").decode("utf-8", errors="replace")
 
 
 def _conditions(pipe: Any, captions: list[str], resolution: int) -> dict[str, Tensor]:

@@ -14,35 +14,9 @@ from diffusers import UNet2DConditionModel
 from bkd.cli.app import main
 from bkd.locate import locate
 from bkd.models import load_pipeline
+from tools.architectures import SD1, SDXL
 
-SD1 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
 SD2 = {**SD1, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
-SDXL = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 SMALL = {"sample_size": 8, "cross_attention_dim": 16, "norm_num_groups": 8}
 SMALL_SD1 = {**SD1, **SMALL, "block_out_channels": [16, 32, 48, 48], "attention_head_dim": 4}
 SMALL_SD2 = {**SD2, **SMALL, "block_out_channels": [16, 32, 48, 48], "attention_head_dim": [2, 4, 6, 6]}
@@ -94,6 +68,20 @@ def bkd(capsys, monkeypatch, cache):
         return code, printed.out + printed.err
 
     return run
+
+
+@pytest.fixture
+def bkd_refuses(bkd, tmp_path, monkeypatch):
+    """Run a command that must end in an error with a message, without a traceback and without writing anything."""
+
+    def refuses(arguments, message):
+        monkeypatch.chdir(tmp_path)
+        code, printed = bkd(*arguments)
+        assert code == 1 and "Traceback" not in printed
+        assert message in printed
+        assert not list(tmp_path.iterdir())
+
+    return refuses
 
 
 @pytest.fixture

@@ -19,31 +19,10 @@ from pathlib import Path
 
 import psutil
 import torch
+from architectures import SD1, SDXL
 from diffusers import UNet2DConditionModel
 
 from bkd.locate import locate
-
-SD1 = {
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def make_teacher(folder: Path, family: str, dtype: torch.dtype) -> int:
@@ -75,8 +54,6 @@ def add_second_encoder(folder: Path) -> None:
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     }
     index.pop("safety_checker", None), index.pop("requires_safety_checker", None)
-    config = json.loads((folder / "text_encoder_2" / "config.json").read_text())
-    (folder / "text_encoder_2" / "config.json").write_text(json.dumps(config))
     (folder / "model_index.json").write_text(json.dumps(index))
 
 

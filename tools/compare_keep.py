@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bkd.calibration import calibration_batches
-from bkd.data.shapes import scenes
+from bkd.data.shapes import EMBEDDED, scenes
 from bkd.data.shapes_checker import check
-from bkd.data.shapes_shards import ensure_shapes_shards
-from bkd.data.shards import expand_shards
+from bkd.data.shapes_shards import find_shards
 from bkd.eval.generate import generate
 from bkd.eval.pictures import with_unet
 from bkd.eval.statistics import proportion
@@ -30,19 +29,19 @@ from bkd.importance import select
 from bkd.locate import locate
 from bkd.models import load_pipeline, load_unet
 from bkd.prune import plan_pruning
+from bkd.surgery.build import build_student
 from bkd.surgery.score import OutputChange
-from bkd.surgery.unet import plan_removal
 
 NUM_CALIBRATION = 64
 
 
-def arms(teacher: Path, shards: str) -> dict[str, str]:
+def arms(teacher: Path) -> dict[str, str]:
     """Name -> removed units, for both presets and the choices of their sizes."""
     found = {}
     for preset in ("sd-small", "sd-tiny"):
         budget = plan_pruning(teacher, preset).after.parameters
         found[preset] = preset
-        chosen = select(teacher, str(budget), shards, num_samples=NUM_CALIBRATION)
+        chosen = select(teacher, str(budget), EMBEDDED, num_samples=NUM_CALIBRATION)
         found[f"--keep {budget}"] = ",".join(chosen.plan.removed)
     return found
 
@@ -78,22 +77,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-prompts", type=int, default=500)
     args = parser.parse_args()
-    teacher, shards = locate("shapes"), str(ensure_shapes_shards(cache_folder()))
+    teacher, shards = locate(EMBEDDED), find_shards(EMBEDDED, cache_folder())
     pipe = load_pipeline(teacher)
-    change = OutputChange(pipe.unet, calibration_batches(teacher, pipe, expand_shards(shards), NUM_CALIBRATION))
+    change = OutputChange(pipe.unet, calibration_batches(teacher, pipe, shards, NUM_CALIBRATION))
     prompts = [scene.caption for scene in scenes("test", args.num_prompts)]
     rows = []
-    for name, blocks in arms(teacher, shards).items():
-        plan = plan_removal(pipe.unet.config, blocks)
+    for name, blocks in arms(teacher).items():
+        pruning = plan_pruning(teacher, blocks)
+        plan, cost = pruning.plan, pruning.after
         row: dict[str, Any] = {"name": name, "removed": plan.removed, "output_change": change.of_plan(plan)}
-        cost = plan_pruning(teacher, blocks).after
         row |= {"parameters": cost.parameters, "macs": cost.macs}
         for steps in (0, *args.steps):
             outcomes: list[bool] = []
             seeds = range(args.seeds if steps else 1)
             for seed in seeds:
                 run = args.output / f"{name.replace('--', '').replace(' ', '-')}-{steps}-{seed}"
-                unet = load_unet(train(run, blocks, steps, seed)) if steps else with_plan(pipe, plan)
+                unet = load_unet(train(run, blocks, steps, seed)) if steps else build_student(pipe.unet, plan)
                 outcomes += accuracy(pipe, unet, prompts)
                 print(f"{name}, {steps} steps, seed {seed}: {proportion(outcomes)}", flush=True)
             row[f"after {steps}"] = str(proportion(outcomes))
@@ -107,13 +106,6 @@ def main() -> None:
         )
     for row in rows:
         print(f"{row['name']} removes {', '.join(row['removed'])}")
-
-
-def with_plan(pipe: Any, plan: Any) -> Any:
-    """The student before training."""
-    from bkd.surgery.build import build_student
-
-    return build_student(pipe.unet, plan)
 
 
 if __name__ == "__main__":

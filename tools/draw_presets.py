@@ -5,19 +5,17 @@ python tools/draw_presets.py
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+from architectures import SD1, SDXL
 
-from bench_prune import SD1, SDXL  # noqa: E402
+from bkd.surgery.anatomy import read_anatomy
+from bkd.surgery.build import build_empty
+from bkd.surgery.diagram import diagram_svg
+from bkd.surgery.presets import ALIASES, PRESETS, preset_layout
+from bkd.surgery.unet import plan_removal
 
-from bkd.surgery.anatomy import read_anatomy  # noqa: E402
-from bkd.surgery.build import build_empty  # noqa: E402
-from bkd.surgery.diagram import diagram_svg  # noqa: E402
-from bkd.surgery.presets import ALIASES, PRESETS, preset_layout  # noqa: E402
-from bkd.surgery.unet import plan_removal  # noqa: E402
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def main() -> None:
@@ -37,7 +35,7 @@ def main() -> None:
             f"{known}: {preset.summary}",
             subtitle=f"{family}: {before:,} → {after:,} UNet parameters",
         )
-        (ROOT / "docs" / "images" / f"{name}.svg").write_text(svg)
+        (IMAGES / f"{name}.svg").write_text(svg)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -134,7 +134,7 @@ def _encode_shard(
     moments: list[NDArray[np.float16]] = []
     captions: list[str] = []
     bad: list[str] = []
-    decoded = _decoded(samples, resolution, bad)
+    decoded = decoded_samples(samples, resolution, bad)
     batch = images_at_once(resolution, MAX_BATCH)
     while chunk := list(islice(decoded, batch)):
         moments.append(_encode(torch.stack([pixels for pixels, _ in chunk]), vae))
@@ -156,7 +156,14 @@ def _encode_shard(
     write_atomically(stem.with_suffix(".json"), json.dumps(facts))
 
 
-def _decoded(samples: Sequence[Sample], resolution: int, bad: list[str]) -> Iterator[tuple[Tensor, str]]:
+def decoded_samples(samples: Iterable[Sample], resolution: int, bad: list[str]) -> Iterator[tuple[Tensor, str]]:
+    """Pixels (3, resolution, resolution), uint8, and caption of every sample whose image can be decoded.
+
+    Args:
+        samples: As `index_shard` gives them.
+        resolution: Side of the images.
+        bad: Gets a line for each of the others.
+    """
     for sample in samples:
         assert sample.image_extension is not None  # index_shard keeps only such samples
         try:

@@ -17,7 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from bkd.errors import SurgeryError
 from bkd.surgery.anatomy import Anatomy, Block
 from bkd.surgery.options import complete, lacking, level_choices
-from bkd.surgery.units import Unit, all_units, is_within, modules_of, removed_units
+from bkd.surgery.units import Unit, all_units, is_within, level_of, modules_of, removed_units
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,8 @@ def _innermost_removal(anatomy: Anatomy) -> list[Option]:
 
 
 def _place(anatomy: Anatomy, unit: Unit) -> str:
-    kind, _, rest = unit.partition(".")
-    if kind in ("level", "mid"):
-        return unit if kind == "level" else "mid"
-    block = int(rest.split(".")[0])
-    return f"level.{block if kind == 'down' else anatomy.up_index(block)}"
+    level = level_of(unit, anatomy)
+    return "mid" if level is None else f"level.{level}"
 
 
 def transformer_layers(anatomy: Anatomy) -> list[Unit]:

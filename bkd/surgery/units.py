@@ -50,15 +50,23 @@ def all_units(anatomy: Anatomy) -> list[Unit]:
     return [*found, *_mid_units(anatomy)]
 
 
+def level_of(unit: Unit, anatomy: Anatomy) -> int | None:
+    """The level that a unit lies in or is; None for the mid block and its parts."""
+    kind, _, rest = unit.partition(".")
+    if kind == "mid":
+        return None
+    number = int(rest.split(".")[0])
+    return anatomy.up_index(number) if kind == "up" else number
+
+
 def parent_of(unit: Unit, anatomy: Anatomy) -> Unit | None:
     """The next larger unit that goes with this one's place: its layer, its level, or the mid block."""
-    kind, _, rest = unit.partition(".")
-    if kind in ("down", "up") and ".t" in rest:
-        return unit.rpartition(".")[0]
-    if kind in ("down", "up"):
-        block = int(rest.split(".")[0])
-        return f"level.{block if kind == 'down' else anatomy.up_index(block)}"
-    return "mid" if kind == "mid" and rest else None
+    if unit == "mid" or unit.startswith("level."):
+        return None
+    level = level_of(unit, anatomy)
+    if level is None:
+        return "mid"
+    return unit.rpartition(".")[0] if ".t" in unit else f"level.{level}"
 
 
 def _block_units(name: BlockName, block: Block) -> Iterator[Unit]:
@@ -108,10 +116,7 @@ def is_within(unit: Unit, other: Unit, anatomy: Anatomy) -> bool:
     if other.endswith(".attn"):
         block = other.removesuffix(".attn")
         return unit.startswith(block + ".") and re.search(r"\.t\d+$", unit) is not None
-    if other.startswith("level.") and (found := re.match(r"(down|up)\.(\d+)\.", unit)):
-        index = int(found[2])
-        return int(other.removeprefix("level.")) == (index if found[1] == "down" else anatomy.up_index(index))
-    return False
+    return other.startswith("level.") and level_of(unit, anatomy) == level_of(other, anatomy)
 
 
 def modules_of(unit: Unit, anatomy: Anatomy) -> list[str]:
@@ -129,17 +134,15 @@ def modules_of(unit: Unit, anatomy: Anatomy) -> list[str]:
         case ["attn"]:
             return [f"{kind}_blocks.{block}.attentions"]
         case [layer]:
-            has_attention = _block_of(unit, anatomy).stacks is not None
+            home = level_of(unit, anatomy)
+            assert home is not None  # a layer lies in one
+            blocks = anatomy.whole.down if kind == "down" else anatomy.whole.up
+            has_attention = blocks[home].stacks is not None
             parts = ("resnets", "attentions") if has_attention else ("resnets",)
             return [f"{kind}_blocks.{block}.{part}.{layer}" for part in parts]
         case [layer, number]:
             return [f"{kind}_blocks.{block}.attentions.{layer}.transformer_blocks.{number[1:]}"]
     raise AssertionError(unit)
-
-
-def _block_of(unit: Unit, anatomy: Anatomy) -> Block:
-    side, index = unit.split(".")[:2]
-    return anatomy.whole.down[int(index)] if side == "down" else anatomy.whole.up[anatomy.up_index(int(index))]
 
 
 def parse_unit(text: str, anatomy: Anatomy) -> frozenset[Unit]:
