@@ -68,3 +68,23 @@ def count_flops(unet: UNet2DConditionModel, num_tokens: int) -> dict[str, dict[A
         unet(**as_arguments(inputs))
     counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
     return counts
+
+
+def macs_by_module(counts: Mapping[str, Mapping[Any, int]]) -> dict[str, int]:
+    """Module path -> its own multiply-accumulates, without those of the modules inside it.
+
+    Args:
+        counts: From `count_flops`.
+    """
+    flops = {name.partition(".")[2]: sum(found.values()) for name, found in counts.items() if name != "Global"}
+    own = dict(flops)
+    for name in flops:
+        if name:
+            own[_nearest_outside(name, flops)] -= flops[name]
+    return {name: found // 2 for name, found in own.items()}
+
+
+def _nearest_outside(name: str, flops: Mapping[str, int]) -> str:
+    """The counter knows modules that are called; lists of modules are not."""
+    outer = name.rpartition(".")[0]
+    return outer if outer in flops else _nearest_outside(outer, flops)

@@ -7,7 +7,6 @@ arXiv:2412.01199), so presets stay the default; docs/surgery.md has our own comp
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,21 +14,18 @@ from textwrap import shorten
 
 from bkd.calibration import calibration_batches, check_calibratable
 from bkd.data.shapes_shards import find_shards
-from bkd.errors import SurgeryError
 from bkd.files import cache_folder
-from bkd.model_folder import unet_config
+from bkd.model_folder import prompt_length, unet_config
 from bkd.models import best_device, load_pipeline
 from bkd.surgery.anatomy import Anatomy, read_anatomy
-from bkd.surgery.build import build_empty
-from bkd.surgery.choose import choose, count_parameters, scorable_removals
+from bkd.surgery.budget import NAMES, Measure, mac_amounts, parameter_amounts, parse_budget
+from bkd.surgery.choose import choose, scorable_removals
 from bkd.surgery.diagram import diagram_svg
 from bkd.surgery.options import complete
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.score import OutputChange
 from bkd.surgery.unet import plan_layout
 from bkd.surgery.units import Unit, modules_of
-
-UNITS_OF_SIZE = {"": 1, "K": 1_000, "M": 1_000_000, "G": 1_000_000_000, "B": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,13 @@ class Score:
     Attributes:
         units: Removed together.
         parameters: That go with them.
+        macs: By which the UNet gets cheaper; negative where the mid block gets dearer than what goes.
         change: Relative squared change of the output.
     """
 
     units: tuple[Unit, ...]
     parameters: int
+    macs: int
     change: float
 
 
@@ -59,7 +57,8 @@ class Selection:
         plan: What to remove.
         chosen: The removals that make it up, each with a score of its own.
         scores: Of all options and transformer layers.
-        max_parameters: The budget.
+        measure: What the budget limits.
+        limit: How much of it may be left.
         predicted: Sum of the chosen options' output changes.
         measured: The chosen student's own output change; the two differ because options influence each other.
         num_samples: Calibration samples used.
@@ -68,36 +67,16 @@ class Selection:
     plan: RemovalPlan
     chosen: tuple[tuple[Unit, ...], ...]
     scores: tuple[Score, ...]
-    max_parameters: int
+    measure: Measure
+    limit: int
     predicted: float
     measured: float
     num_samples: int
 
-
-def parse_budget(keep: str, total: int) -> int:
-    """How many parameters may be left.
-
-    Args:
-        keep: A share such as `0.65` or `65%`, or a number such as `480M`.
-        total: The teacher UNet's parameters.
-
-    Raises:
-        SurgeryError: If it is neither, or would remove nothing or everything.
-    """
-    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*([KMGB%]?)\s*", keep, flags=re.IGNORECASE)
-    if not found:
-        raise SurgeryError("not a size", where="--keep", got=keep, allowed="a share such as 0.65, or 480M parameters")
-    number, unit = float(found[1]), found[2].upper()
-    share = number / 100 if unit == "%" else number
-    left = round(share * total) if unit == "%" or (unit == "" and share <= 1) else round(number * UNITS_OF_SIZE[unit])
-    if not 0 < left < total:
-        raise SurgeryError(
-            "nothing would be removed" if left else "everything would be removed",
-            where="--keep",
-            got=f"{keep}: {left:,} parameters",
-            allowed=f"more than 0 and fewer than the teacher's {total:,}",
-        )
-    return left
+    @property
+    def budget(self) -> str:
+        """The budget in words."""
+        return f"at most {self.limit:,} {NAMES[self.measure]}"
 
 
 def select(
@@ -106,6 +85,7 @@ def select(
     calibration: str,
     *,
     num_samples: int,
+    measure: Measure = "parameters",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Selection:
     """Score every option on calibration samples and choose the least harmful removal under a budget.
@@ -115,6 +95,7 @@ def select(
         keep: See `parse_budget`.
         calibration: Shards of captioned images; `shapes` for the embedded world's.
         num_samples: How many of them to use.
+        measure: What `keep` is a share or a number of.
         progress: Called with (scored, total).
 
     Raises:
@@ -123,10 +104,11 @@ def select(
     check_calibratable(folder)
     config = unet_config(folder)
     anatomy = read_anatomy(config)
-    sizes = {name: p.numel() for name, p in build_empty(config).named_parameters()}
-    max_parameters = parse_budget(keep, sum(sizes.values()))
+    parameters, macs = parameter_amounts(config), mac_amounts(config, prompt_length(folder))
+    amounts = macs if measure == "macs" else parameters
+    limit = parse_budget(keep, amounts)
     removals = scorable_removals(anatomy)
-    choose(anatomy, dict.fromkeys(removals, 0.0), sizes=sizes, max_parameters=max_parameters)  # can it be met at all?
+    choose(anatomy, dict.fromkeys(removals, 0.0), amounts, limit)  # can it be met at all?
     shards = find_shards(calibration, cache_folder())
     pipe = load_pipeline(folder, device=best_device())
     change = OutputChange(pipe.unet, calibration_batches(folder, pipe, shards, num_samples))
@@ -135,13 +117,17 @@ def select(
         progress(len(scores), len(removals))
         scores[units] = _output_change(change, anatomy, units)
     progress(len(scores), len(removals))
-    chosen = choose(anatomy, scores, sizes=sizes, max_parameters=max_parameters)
+    chosen = choose(anatomy, scores, amounts, limit)
     plan = plan_layout(anatomy, complete(anatomy, {unit for units in chosen for unit in units}))
     return Selection(
         plan=plan,
         chosen=chosen,
-        scores=tuple(Score(units, count_parameters(anatomy, units, sizes), scores[units]) for units in removals),
-        max_parameters=max_parameters,
+        scores=tuple(
+            Score(units, parameters.saved(anatomy, units), macs.saved(anatomy, units), scores[units])
+            for units in removals
+        ),
+        measure=measure,
+        limit=limit,
         predicted=sum(scores[units] for units in chosen),
         measured=change.of_plan(plan),
         num_samples=change.num_samples,
@@ -166,7 +152,7 @@ def write_importance(folder: Path, teacher: Path, selection: Selection) -> None:
     anatomy = read_anatomy(unet_config(teacher))
     kept = complete(anatomy, selection.plan.removed)
     (folder / IMPORTANCE_FILE).write_text(json.dumps(asdict(selection), indent=2) + "\n")
-    title = f"at most {selection.max_parameters:,} parameters: {selection.plan.name}"
+    title = f"{selection.budget}: {selection.plan.name}"
     subtitle = (
         f"relative output change: {selection.predicted:.2g} predicted, {selection.measured:.2g} measured "
         f"on {selection.num_samples} samples"

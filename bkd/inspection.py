@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from bkd.cost import UNetCost, count_flops, summed_cost, unet_cost
+from bkd.cost import UNetCost, count_flops, macs_by_module, summed_cost, unet_cost
 from bkd.errors import SurgeryError
 from bkd.model_folder import model_digest, prompt_length, unet_config
 from bkd.surgery.anatomy import Anatomy, read_anatomy
+from bkd.surgery.budget import amount_within
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import PLAN_FILE, Lineage, load_plan, load_plans
 from bkd.surgery.presets import ALIASES, PRESETS
@@ -95,28 +96,20 @@ def _origin(folder: Path, teacher: Path | None) -> dict[str, Any] | None:
 
 
 def _units(anatomy: Anatomy, unet: nn.Module, counts: Mapping[str, Mapping[Any, int]]) -> Iterator[dict[str, Any]]:
-    flops = {name.partition(".")[2]: sum(found.values()) for name, found in counts.items()}
-    total = sum(counts["Global"].values())
+    macs = macs_by_module(counts)
+    total = sum(macs.values())
     for unit in all_units(anatomy):
         modules = modules_of(unit, anatomy)
-        inner = [name for module in modules for name in _counted(module, flops)]
         partners, reason = _removal(anatomy.config, unit)
         yield {
             "id": unit,
             "parent": parent_of(unit, anatomy),
             "modules": modules,
             "parameters": sum(p.numel() for module in modules for p in unet.get_submodule(module).parameters()),
-            "share_of_macs": sum(flops[name] for name in inner) / total,
+            "share_of_macs": amount_within(anatomy, [unit], macs) / total,
             "partners": partners,
             "reason": reason,
         }
-
-
-def _counted(module: str, flops: Mapping[str, int]) -> list[str]:
-    """The counter knows modules that are called; of a list, which is not, its items."""
-    if module in flops:
-        return [module]
-    return [name for name in flops if name.startswith(f"{module}.") and name.count(".") == module.count(".") + 1]
 
 
 def _removal(config: Mapping[str, Any], unit: Unit) -> tuple[list[Unit], str | None]:

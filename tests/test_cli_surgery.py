@@ -1,6 +1,7 @@
 """inspect, prune and remap as a user meets them."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -85,6 +86,16 @@ def test_keep_scores_chooses_and_draws(bkd, tmp_path, shards, without_reload):
     assert plan["cost_after"]["parameters"] <= 0.7 * plan["cost_before"]["parameters"]
 
 
+def test_keep_counts_macs_on_demand(bkd, shards):
+    calibration = ("--calibration", shards[0].parent, "--calibration-samples", 4)
+    code, printed = bkd("prune", "shapes", "--keep", "70%", "--macs", *calibration, "--dry-run")
+    assert code == 0 and "chosen for at most " in printed and " MACs: predicted change" in printed
+    left = next(line for line in printed.splitlines() if " left " in line)
+    assert float(left.split("│")[3].strip().removesuffix("%")) <= 70
+    code, printed = bkd("prune", "shapes", "--keep", "1%", "--macs", *calibration, "--dry-run")
+    assert code == 1 and re.search(r"a budget of [\d,]+ MACs\n", printed)
+
+
 def test_remap_lists_what_is_lost(bkd, tmp_path, without_reload):
     from safetensors.torch import load_file, save_file
 
@@ -155,6 +166,7 @@ def test_bad_input_is_an_error_and_writes_nothing(bkd_refuses, arguments, messag
         (["--keep", "0.5", *OUT], "captioned images"),
         (["--keep", "0.5", "--strict", *OUT], "names no units"),
         (["--blocks", "mid", "--calibration", "shapes", *OUT], "goes with --keep"),
+        (["--blocks", "mid", "--macs", *OUT], "goes with --keep"),
     ],
 )
 def test_prune_says_which_options_it_needs(bkd, tmp_path, monkeypatch, arguments, message):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -10,123 +11,165 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bkd.calibration import calibration_batches
+from bkd.cost import unet_cost
 from bkd.data.index import index_shard
 from bkd.errors import DataError, ModelError, SurgeryError
-from bkd.importance import parse_budget, select, write_importance
+from bkd.importance import select, write_importance
 from bkd.models import load_pipeline
 from bkd.surgery.anatomy import read_anatomy
-from bkd.surgery.build import build_empty, build_student
-from bkd.surgery.choose import choose, count_parameters, enumerate_options, scorable_removals
+from bkd.surgery.budget import Amounts, amount_within, mac_amounts, parameter_amounts, parse_budget
+from bkd.surgery.build import build_student
+from bkd.surgery.choose import choose, enumerate_options, scorable_removals
 from bkd.surgery.options import complete
 from bkd.surgery.probe import unet_inputs
 from bkd.surgery.score import OutputChange
 from bkd.surgery.unet import plan_layout, plan_removal
-from bkd.surgery.units import removed_units
-from tests.conftest import SDXL, SMALL_SD1, SMALL_SD2, SMALL_SDXL
+from bkd.surgery.units import all_units, removed_units
+from tests.conftest import SD1, SDXL, SMALL_SD1, SMALL_SD2, SMALL_SDXL
 
 SMALL_CONFIGS = {"SD1": SMALL_SD1, "SD2": SMALL_SD2, "SDXL": SMALL_SDXL}
+NUM_TOKENS = 5
 
 
-def sizes_of(config):
-    return {name: p.numel() for name, p in build_empty(config).named_parameters()}
+@cache
+def amounts_of(model, measure):
+    config = SMALL_CONFIGS[model]
+    return mac_amounts(config, NUM_TOKENS) if measure == "macs" else parameter_amounts(config)
 
 
+def saved(anatomy, amounts, chosen):
+    """By all removals together."""
+    return amounts.saved(anatomy, [unit for units in chosen for unit in units])
+
+
+@pytest.mark.parametrize("measure", ["parameters", "macs"])
 @pytest.mark.parametrize("model", SMALL_CONFIGS)
-@pytest.mark.parametrize("seed", range(6))
-def test_choices_meet_the_budget_and_can_be_expressed_without_partners(model, seed):
+@pytest.mark.parametrize("seed", range(4))
+def test_choices_meet_the_budget_and_can_be_expressed_without_partners(model, measure, seed):
     config, rng = SMALL_CONFIGS[model], random.Random(seed)
-    anatomy, sizes = read_anatomy(config), sizes_of(config)
+    anatomy, amounts = read_anatomy(config), amounts_of(model, measure)
     scores = {units: rng.random() ** 4 for units in scorable_removals(anatomy)}
-    total = sum(sizes.values())
-    budget = round(total * rng.uniform(0.45, 0.98))
-    chosen = choose(anatomy, scores, sizes=sizes, max_parameters=budget)
+    limit = round(amounts.total * rng.uniform(0.45, 0.98))
+    chosen = choose(anatomy, scores, amounts, limit)
     wanted = {unit for units in chosen for unit in units}
     layout = complete(anatomy, wanted)
     assert {*removed_units(anatomy, layout)} <= wanted  # nothing beyond what was chosen
-    left = sum(p.numel() for p in build_empty(config, plan_layout(anatomy, layout)).parameters())
-    assert left <= budget
-    assert left == total - sum(count_parameters(anatomy, units, sizes) for units in chosen)
+    left = getattr(unet_cost(config, plan_layout(anatomy, layout), num_tokens=NUM_TOKENS), measure)
+    assert left <= limit
+    assert left == amounts.total - saved(anatomy, amounts, chosen)
 
 
+@pytest.mark.parametrize("measure", ["parameters", "macs"])
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
-def test_the_choice_is_the_best_of_all(share):
+def test_the_choice_is_the_best_of_all(share, measure):
     """Against brute force over every combination of options; transformer layers are made too dear to go."""
-    anatomy, sizes = read_anatomy(SMALL_SD1), sizes_of(SMALL_SD1)
+    anatomy, amounts = read_anatomy(SMALL_SD1), amounts_of("SD1", measure)
     rng = random.Random(share)
     scores = {units: rng.random() for units in scorable_removals(anatomy)}
     scores |= {units: 1e6 for units in scores if ".t" in units[0]}
-    budget = round(sum(sizes.values()) * share)
+    limit = round(amounts.total * share)
     places = {}
     for option in enumerate_options(anatomy):
         (place,) = option.places
         places.setdefault(place, []).append(option)
-    costs = [[scores[o.units] if o.units else 0.0 for o in options] for options in places.values()]
-    saved = [[count_parameters(anatomy, o.units, sizes) for o in options] for options in places.values()]
-    total_cost = np.array([sum(picked) for picked in itertools.product(*costs)])
-    total_saved = np.array([sum(picked) for picked in itertools.product(*saved)])
-    best = total_cost[total_saved >= sum(sizes.values()) - budget].min()
-    chosen = choose(anatomy, scores, sizes=sizes, max_parameters=budget)
+    best = np.inf
+    for is_shallow, here in ((False, amounts.whole), (True, amounts.shallow)):  # the mid block costs more in the second
+        options = [
+            [o for o in group if not (place == "level.3" and ("level.3" in o.units) != is_shallow)]
+            for place, group in places.items()
+        ]
+        costs = [[scores[o.units] if o.units else 0.0 for o in group] for group in options]
+        gone = [[amount_within(anatomy, o.units, here) for o in group] for group in options]
+        total_cost = np.array([sum(picked) for picked in itertools.product(*costs)])
+        total_gone = np.array([sum(picked) for picked in itertools.product(*gone)])
+        best = min(best, total_cost[total_gone >= sum(here.values()) - limit].min(initial=np.inf))
+    chosen = choose(anatomy, scores, amounts, limit)
     assert sum(scores[units] for units in chosen) == pytest.approx(best)
+    assert saved(anatomy, amounts, chosen) >= amounts.total - limit
+
+
+@pytest.mark.parametrize("model", SMALL_CONFIGS)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_removals_save_is_what_the_student_costs_less(model, seed):
+    config, rng = SMALL_CONFIGS[model], random.Random(seed)
+    anatomy = read_anatomy(config)
+    innermost = [f"level.{anatomy.num_levels - 1}"] * (seed % 2)
+    while True:
+        try:
+            plan = plan_removal(config, ",".join({*rng.sample(all_units(anatomy), 3), *innermost}))
+            break
+        except SurgeryError:
+            continue
+    cost = unet_cost(config, plan, num_tokens=NUM_TOKENS)
+    for measure in ("parameters", "macs"):
+        amounts = amounts_of(model, measure)
+        assert amounts.total - amounts.saved(anatomy, plan.removed) == getattr(cost, measure)
+
+
+def test_without_its_innermost_level_the_mid_block_costs_more():
+    """It then works at the next higher resolution: on SD 1.x that eats up all that the level saves."""
+    anatomy, amounts = read_anatomy(SD1), mac_amounts(SD1, num_tokens=77)
+    assert amounts.saved(anatomy, ["level.3"]) < 0 < amounts.saved(anatomy, ["level.3", "mid"])
 
 
 @pytest.mark.parametrize("model", SMALL_CONFIGS)
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-9])
 def test_the_choice_does_not_depend_on_the_scale_of_scores(model, scale):
     """Real scores span ten decades, and a solver's tolerances are absolute."""
-    anatomy, sizes = read_anatomy(SMALL_CONFIGS[model]), sizes_of(SMALL_CONFIGS[model])
+    anatomy, amounts = read_anatomy(SMALL_CONFIGS[model]), amounts_of(model, "parameters")
     for seed in range(3):
         rng = random.Random(seed)
         scores = {units: 10 ** rng.uniform(-8, 0) for units in scorable_removals(anatomy)}
-        budget = round(sum(sizes.values()) * rng.uniform(0.5, 0.95))
+        limit = round(amounts.total * rng.uniform(0.5, 0.95))
         small = {units: score * scale for units, score in scores.items()}
-        plain = choose(anatomy, scores, sizes=sizes, max_parameters=budget)
-        scaled = choose(anatomy, small, sizes=sizes, max_parameters=budget)
+        plain = choose(anatomy, scores, amounts, limit)
+        scaled = choose(anatomy, small, amounts, limit)
         assert sum(scores[u] for u in scaled) == pytest.approx(sum(scores[u] for u in plain), rel=1e-9)
 
 
 def test_a_budget_is_kept_to_the_last_parameter():
     """At SDXL's size a solver's tolerance is thousands of parameters."""
-    anatomy, sizes = read_anatomy(SDXL), sizes_of(SDXL)
+    anatomy, amounts = read_anatomy(SDXL), parameter_amounts(SDXL)
     rng = random.Random(0)
     scores = {units: rng.random() for units in scorable_removals(anatomy)}
-    budget = sum(sizes.values()) // 2
+    limit = amounts.total // 2
     for _ in range(4):
-        chosen = choose(anatomy, scores, sizes=sizes, max_parameters=budget)
-        left = sum(sizes.values()) - sum(count_parameters(anatomy, units, sizes) for units in chosen)
-        assert left <= budget
-        budget = left - 1
+        chosen = choose(anatomy, scores, amounts, limit)
+        left = amounts.total - saved(anatomy, amounts, chosen)
+        assert left <= limit
+        limit = left - 1
 
 
 def test_the_innermost_level_of_sdxl_is_an_option_with_its_partners():
-    anatomy, sizes = read_anatomy(SMALL_SDXL), sizes_of(SMALL_SDXL)
+    anatomy, amounts = read_anatomy(SMALL_SDXL), amounts_of("SDXL", "parameters")
     level = next(option for option in enumerate_options(anatomy) if "level.2" in option.units)
     assert {*level.units} == {"level.2", "mid", "down.1.1", "up.1.0"}
     assert {*level.places} == {"level.2", "level.1", "mid"}
     scores = {units: 0.0 if units == level.units else 1.0 for units in scorable_removals(anatomy)}
-    chosen = choose(anatomy, scores, sizes=sizes, max_parameters=sum(sizes.values()) // 2)
+    chosen = choose(anatomy, scores, amounts, amounts.total // 2)
     assert chosen == (level.units,)
 
 
 def test_mid_and_first_innermost_stack_stay_equally_deep():
     """SDXL's mid block takes its depth from another attention: cheap layers of one alone cannot be had."""
-    anatomy, sizes = read_anatomy(SMALL_SDXL), sizes_of(SMALL_SDXL)
+    anatomy, amounts = read_anatomy(SMALL_SDXL), amounts_of("SDXL", "parameters")
     scores = dict.fromkeys(scorable_removals(anatomy), 1000.0)
     scores |= {(f"mid.t{number}",): 0.0 for number in range(4)}
     scores |= {(f"down.2.0.t{number}",): 1.0 for number in range(4)}
-    one_layer = count_parameters(anatomy, ["mid.t0"], sizes)
-    chosen = choose(anatomy, scores, sizes=sizes, max_parameters=sum(sizes.values()) - 3 * one_layer)
+    one_layer = amounts.saved(anatomy, ["mid.t0"])
+    chosen = choose(anatomy, scores, amounts, amounts.total - 3 * one_layer)
     kinds = [units[0].split(".t")[0] for units in chosen]
     assert kinds.count("mid") == kinds.count("down.2.0") == 2
 
 
 def test_a_budget_that_nothing_can_meet_says_what_can():
-    anatomy, sizes = read_anatomy(SMALL_SD1), sizes_of(SMALL_SD1)
+    anatomy, amounts = read_anatomy(SMALL_SD1), amounts_of("SD1", "parameters")
     scores = dict.fromkeys(scorable_removals(anatomy), 1.0)
     with pytest.raises(SurgeryError, match=r"no student is that small\n.*a budget of 9 parameters\n") as caught:
-        choose(anatomy, scores, sizes=sizes, max_parameters=9)
+        choose(anatomy, scores, amounts, 9)
     smallest = int(str(caught.value.allowed).split()[0].replace(",", ""))
-    chosen = choose(anatomy, scores, sizes=sizes, max_parameters=smallest)
-    assert sum(sizes.values()) - sum(count_parameters(anatomy, units, sizes) for units in chosen) == smallest
+    chosen = choose(anatomy, scores, amounts, smallest)
+    assert amounts.total - saved(anatomy, amounts, chosen) == smallest
 
 
 @pytest.mark.parametrize(
@@ -134,7 +177,7 @@ def test_a_budget_that_nothing_can_meet_says_what_can():
     [("0.65", 650), ("65%", 650), ("0.5K", 500), ("480", 480), (" .25 ", 250), ("0.0000005G", 500)],
 )
 def test_budgets(keep, parameters):
-    assert parse_budget(keep, 1000) == parameters
+    assert parse_budget(keep, Amounts("parameters", {"all": 1000}, {"all": 1000})) == parameters
 
 
 @pytest.mark.parametrize(
@@ -149,7 +192,7 @@ def test_budgets(keep, parameters):
 )
 def test_budgets_that_make_no_sense(keep, message):
     with pytest.raises(SurgeryError, match=message):
-        parse_budget(keep, 1000)
+        parse_budget(keep, Amounts("parameters", {"all": 1000}, {"all": 1000}))
 
 
 @pytest.fixture(scope="module")

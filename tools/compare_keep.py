@@ -2,7 +2,7 @@
 
     python tools/compare_keep.py -o FOLDER [--steps 25 100] [--seeds 3] [--num-prompts 500]
 
-For the sizes of sd-small and sd-tiny: the preset, and what `bkd prune --keep` chooses at just that many parameters.
+For sd-small and sd-tiny: the preset, and what `bkd prune --keep` chooses at just as many parameters or MACs.
 Each is distilled for a few steps with each seed, otherwise as recipes/shapes/sd-small.yaml says, and draws captions
 that never occur in training. Writes FOLDER/compare_keep.json and prints the table of docs/surgery.md. Trained students
 are found again when it is started anew.
@@ -29,6 +29,7 @@ from bkd.importance import select
 from bkd.locate import locate
 from bkd.models import load_pipeline, load_unet
 from bkd.prune import plan_pruning
+from bkd.surgery.budget import Measure
 from bkd.surgery.build import build_student
 from bkd.surgery.score import OutputChange
 
@@ -36,13 +37,16 @@ NUM_CALIBRATION = 64
 
 
 def arms(teacher: Path) -> dict[str, str]:
-    """Name -> removed units, for both presets and the choices of their sizes."""
+    """Name -> removed units, for both presets and the choices that cost no more."""
     found = {}
+    measures: tuple[Measure, ...] = ("parameters", "macs")
     for preset in ("sd-small", "sd-tiny"):
-        budget = plan_pruning(teacher, preset).after.parameters
+        cost = plan_pruning(teacher, preset).after
         found[preset] = preset
-        chosen = select(teacher, str(budget), EMBEDDED, num_samples=NUM_CALIBRATION)
-        found[f"--keep {budget}"] = ",".join(chosen.plan.removed)
+        for measure in measures:
+            keep = str(getattr(cost, measure))
+            chosen = select(teacher, keep, EMBEDDED, num_samples=NUM_CALIBRATION, measure=measure)
+            found[f"--keep {keep}" + " --macs" * (measure == "macs")] = ",".join(chosen.plan.removed)
     return found
 
 

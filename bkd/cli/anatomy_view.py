@@ -95,15 +95,16 @@ def show_selection(selection: Selection) -> None:
         (
             ", ".join(score.units),
             f"{score.parameters:,}",
+            short(score.macs),
             f"{score.change:.2g}",
             "x" * (score.units in selection.chosen),
         )
         for score in sorted(selection.scores, key=lambda score: score.change)
     ]
     title = f"relative change of the output when removed, on {selection.num_samples} samples"
-    console.print(table(title, ("units", "parameters", "change", "chosen"), rows))
+    console.print(table(title, ("units", "parameters", "MACs", "change", "chosen"), rows))
     console.print(
-        f"chosen for at most {selection.max_parameters:,} parameters: predicted change {selection.predicted:.2g} "
+        f"chosen for {selection.budget}: predicted change {selection.predicted:.2g} "
         f"(the sum), measured {selection.measured:.2g}"
     )
     console.print("scores say little about how well a student recovers in training: compare with a preset")

@@ -12,6 +12,7 @@ from bkd.cli.console import console, prepare, progress_view, table
 
 if TYPE_CHECKING:
     from bkd.importance import Selection
+    from bkd.surgery.budget import Measure
 
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]
 SingleFileConfig = Annotated[
@@ -91,8 +92,9 @@ def prune(
         Optional[str], typer.Option(help="Presets and units, separated by commas; see `bkd inspect`.")
     ] = None,
     keep: Annotated[
-        Optional[str], typer.Option(help="Instead of --blocks: choose by score what stays, such as 0.65 or 480M.")
+        Optional[str], typer.Option(help="Instead of --blocks: choose what stays by score: 0.65 or 480M.")
     ] = None,
+    macs: Annotated[bool, typer.Option("--macs", help="--keep counts MACs instead of parameters.")] = False,
     calibration: Annotated[Optional[str], typer.Option(help="Shards to score with; shapes for the embedded.")] = None,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Samples of them to use.")] = 64,
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder to write.")] = None,
@@ -103,7 +105,7 @@ def prune(
     config: SingleFileConfig = None,
 ) -> None:
     """Remove blocks from a model's UNet and write the student as a stock pipeline folder."""
-    _check_options(blocks, keep, calibration, strict, can_write=output is not None or dry_run)
+    _check_options(blocks, keep, calibration, strict, macs, can_write=output is not None or dry_run)
     prepare()
     from bkd.cli.anatomy_view import show_pruning, show_written
     from bkd.locate import locate
@@ -113,7 +115,7 @@ def prune(
     folder = locate(teacher, revision=revision, config=config, weights=keep is not None or not dry_run)
     if output is not None:
         check_output(folder, output, overwrite=overwrite)
-    selection = _select(folder, keep, calibration, calibration_samples) if keep and calibration else None
+    selection = _select(folder, keep, calibration, calibration_samples, macs) if keep and calibration else None
     pruning = with_cost(folder, selection.plan) if selection else plan_pruning(folder, blocks or "", strict=strict)
     show_pruning(pruning)
     if dry_run or output is None:
@@ -126,7 +128,7 @@ def prune(
 
 
 def _check_options(
-    blocks: str | None, keep: str | None, calibration: str | None, strict: bool, *, can_write: bool
+    blocks: str | None, keep: str | None, calibration: str | None, strict: bool, macs: bool, *, can_write: bool
 ) -> None:
     if not can_write:
         raise typer.BadParameter("needed unless --dry-run is given", param_hint="-o")
@@ -134,19 +136,21 @@ def _check_options(
         raise typer.BadParameter("give either --blocks LIST or --keep SIZE with --calibration SHARDS")
     if strict and keep is not None:
         raise typer.BadParameter("--keep names no units, so none can be without their partners", param_hint="--strict")
-    if calibration is not None and keep is None:
-        raise typer.BadParameter("goes with --keep", param_hint="--calibration")
+    for option, given in (("--calibration", calibration is not None), ("--macs", macs)):
+        if given and keep is None:
+            raise typer.BadParameter("goes with --keep", param_hint=option)
     if keep is not None and calibration is None:
         raise typer.BadParameter("--keep needs captioned images to score with", param_hint="--calibration")
 
 
-def _select(folder: Path, keep: str, calibration: str, num_samples: int) -> Selection:
+def _select(folder: Path, keep: str, calibration: str, num_samples: int, macs: bool) -> Selection:
     from bkd.cli.anatomy_view import show_selection
     from bkd.importance import select
 
+    measure: Measure = "macs" if macs else "parameters"
     with progress_view() as view:
         view.phase("scoring every removal")
-        selection = select(folder, keep, calibration, num_samples=num_samples, progress=view.update)
+        selection = select(folder, keep, calibration, num_samples=num_samples, measure=measure, progress=view.update)
     show_selection(selection)
     return selection
 

@@ -2,7 +2,8 @@
 
 Units are no free items of a knapsack: a down layer needs an up layer, attentions of a block go together, the mid block
 must be as deep as the first innermost attention. So the choice is one *option* for each level and for the mid block,
-plus single transformer layers of whatever attention stays; an integer program says all of that.
+plus single transformer layers of whatever attention stays; an integer program says all of that. What the mid block
+costs depends on whether the innermost level stays, so there is a program for each case, and the better choice wins.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from bkd.errors import SurgeryError
 from bkd.surgery.anatomy import Anatomy, Block
+from bkd.surgery.budget import Amounts, amount_within
 from bkd.surgery.options import complete, lacking, level_choices
-from bkd.surgery.units import Unit, all_units, is_within, level_of, modules_of, removed_units
+from bkd.surgery.units import Unit, all_units, is_within, level_of, removed_units
 
 
 @dataclass(frozen=True)
@@ -89,83 +91,79 @@ def scorable_removals(anatomy: Anatomy) -> list[tuple[Unit, ...]]:
     return options + [(layer,) for layer in transformer_layers(anatomy)]
 
 
-def count_parameters(anatomy: Anatomy, units: Sequence[Unit], sizes: Mapping[str, int]) -> int:
-    """Parameters that go with some units.
-
-    Args:
-        anatomy: The teacher's.
-        units: May overlap.
-        sizes: Parameter name -> number of elements, for the whole teacher.
-    """
-    modules = tuple(f"{module}." for unit in units for module in modules_of(unit, anatomy))
-    return sum(size for name, size in sizes.items() if modules and name.startswith(modules))
-
-
 def choose(
-    anatomy: Anatomy,
-    scores: Mapping[tuple[Unit, ...], float],
-    *,
-    sizes: Mapping[str, int],
-    max_parameters: int,
+    anatomy: Anatomy, scores: Mapping[tuple[Unit, ...], float], amounts: Amounts, limit: int
 ) -> tuple[tuple[Unit, ...], ...]:
-    """The removals of least summed output change that leave at most so many parameters.
+    """The removals of least summed output change that leave no more than a limit.
 
     Args:
         anatomy: The teacher's.
         scores: Removed units of an option, or one transformer layer -> output change. All must be there.
-        sizes: Parameter name -> number of elements, for the whole teacher.
-        max_parameters: What may be left.
+        amounts: What is limited.
+        limit: How much of it may be left.
 
     Raises:
-        SurgeryError: If even the smallest student has more; says how many.
+        SurgeryError: If even the smallest student has more; says how much.
     """
-    program = _Program(anatomy, sizes)
-    costs = np.array([scores[units] if units else 0.0 for units in program.removals])
-    chosen = program.solve(costs, max_parameters)
-    if chosen is None:
-        smallest = program.solve(-program.removed.astype(float), None)
-        assert smallest is not None  # without a budget everything is allowed
-        left = sum(sizes.values()) - int(program.removed @ smallest)
+    programs = [_Program(anatomy, amounts, is_shallow=is_shallow) for is_shallow in (False, True)]
+    removals = programs[0].removals
+    costs = np.array([scores[units] if units else 0.0 for units in removals])
+    choices = [chosen for program in programs if (chosen := program.solve(costs, limit)) is not None]
+    if not choices:
         raise SurgeryError(
             "no student is that small",
-            got=f"a budget of {max_parameters:,} parameters",
-            allowed=f"{left:,} or more",
+            got=f"a budget of {limit:,} {amounts.name}",
+            allowed=f"{min(program.smallest() for program in programs):,} or more",
             remedy="keep more, or prune in two steps: the student of a first pruning can be pruned again",
         )
-    return tuple(units for units, on in zip(program.removals, chosen, strict=True) if on and units)
+    best = min(choices, key=lambda chosen: float(costs @ chosen))
+    return tuple(units for units, on in zip(removals, best, strict=True) if on and units)
 
 
 class _Program:
     """The integer program: a variable for each option, then one for each transformer layer; 1 means removed so."""
 
-    def __init__(self, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    def __init__(self, anatomy: Anatomy, amounts: Amounts, *, is_shallow: bool) -> None:
         self.anatomy = anatomy
         self.options = enumerate_options(anatomy)
         self.layers = transformer_layers(anatomy)
-        self.total = sum(sizes.values())
         self.removals = [*(option.units for option in self.options), *((layer,) for layer in self.layers)]
-        self.removed = np.array([count_parameters(anatomy, units, sizes) for units in self.removals])
+        here = amounts.shallow if is_shallow else amounts.whole
+        self.total = sum(here.values())
+        self.removed = np.array([amount_within(anatomy, units, here) for units in self.removals])
+        self.allowed = np.array(
+            [float(self._fits(option, is_shallow)) for option in self.options] + [1.0] * len(self.layers)
+        )
         self.constraints = [self._one_option_each(), *self._layers_within_what_stays(), *self._mid_depth()]
 
-    def solve(self, costs: np.ndarray, max_parameters: int | None) -> np.ndarray | None:
-        """Cheapest choice within the budget, as zeros and ones; None where there is none.
+    def _fits(self, option: Option, is_shallow: bool) -> bool:
+        innermost = f"level.{self.anatomy.num_levels - 1}"
+        return innermost not in option.places or (innermost in option.units) == is_shallow
+
+    def smallest(self) -> float:
+        """The least that can be left; infinite where nothing is allowed."""
+        chosen = self._solve_scaled(-self.removed.astype(float), self.allowed, None)
+        return np.inf if chosen is None else self.total - int(self.removed @ chosen)
+
+    def solve(self, costs: np.ndarray, limit: int) -> np.ndarray | None:
+        """Cheapest choice within the limit, as zeros and ones; None where there is none.
 
         The solver's tolerances are absolute, about 1e-6, and scores span ten decades. What costs more than a choice
         already found cannot be part of a better one: it is ruled out, the rest is scaled up, and solved again.
         """
-        best = self._solve_scaled(costs, np.ones(len(costs)), max_parameters)
+        best = self._solve_scaled(costs, self.allowed, limit)
         while best is not None and (cost := float(costs @ best)) > 0:
-            better = self._solve_scaled(costs / cost, (costs <= cost).astype(float), max_parameters)
+            better = self._solve_scaled(costs / cost, self.allowed * (costs <= cost), limit)
             if better is None or costs @ better >= cost:
                 break
             best = better
         return best
 
-    def _solve_scaled(self, costs: np.ndarray, upper: np.ndarray, max_parameters: int | None) -> np.ndarray | None:
+    def _solve_scaled(self, costs: np.ndarray, upper: np.ndarray, limit: int | None) -> np.ndarray | None:
         constraints = list(self.constraints)
-        if max_parameters is not None:
+        if limit is not None:
             unit = np.gcd.reduce(self.removed)  # small whole numbers are compared more exactly
-            needed = -(-(self.total - max_parameters) // unit)
+            needed = -(-(self.total - limit) // unit)
             constraints.append(LinearConstraint(self.removed // unit, lb=needed))
         while True:
             found = milp(
@@ -178,7 +176,7 @@ class _Program:
             if found.x is None:
                 return None
             chosen: np.ndarray = np.rint(found.x).astype(int)
-            if max_parameters is None or self.total - int(self.removed @ chosen) <= max_parameters:
+            if limit is None or self.total - int(self.removed @ chosen) <= limit:
                 return chosen
             # Beyond the budget within the solver's tolerance: rule out just this choice.
             constraints.append(LinearConstraint(1 - 2 * chosen, lb=1 - chosen.sum()))
