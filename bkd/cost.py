@@ -16,6 +16,8 @@ from bkd.surgery.probe import as_arguments, unet_inputs
 
 ATTENTION_MATMULS = ("bmm", "baddbmm", "scaled_dot_product")
 """Operators that only attention uses in a UNet; published BK-SDM figures leave them out."""
+FlopCounts = Mapping[str, Mapping[Any, int]]
+"""Module path (after the class name; `Global` for all) -> operator -> floating-point operations."""
 
 
 @dataclass(frozen=True)
@@ -42,49 +44,51 @@ def unet_cost(config: Mapping[str, Any], plan: RemovalPlan | None = None, *, num
         num_tokens: Length of the prompt embedding.
     """
     unet = build_empty(dict(config), plan)
-    return summed_cost(unet, count_flops(unet, num_tokens))
-
-
-def summed_cost(unet: UNet2DConditionModel, counts: Mapping[str, Mapping[Any, int]]) -> UNetCost:
-    """The cost of a UNet whose operations `count_flops` has counted."""
-    flops = counts["Global"]
-    attention = sum(n for operator, n in flops.items() if any(name in str(operator) for name in ATTENTION_MATMULS))
+    flops = count_flops(unet, num_tokens)["Global"]
+    attention = sum(n for operator, n in flops.items() if _is_attention(operator))
     total = sum(flops.values())
     return UNetCost(sum(p.numel() for p in unet.parameters()), total // 2, (total - attention) // 2)
 
 
-def count_flops(unet: UNet2DConditionModel, num_tokens: int) -> dict[str, dict[Any, int]]:
+def _is_attention(operator: object) -> bool:
+    return any(name in str(operator) for name in ATTENTION_MATMULS)
+
+
+def count_flops(unet: UNet2DConditionModel, num_tokens: int) -> FlopCounts:
     """Floating-point operations (two for each multiply-accumulate) of one forward pass at batch 1.
 
     Args:
         unet: On the meta device; evaluated at its own `sample_size`.
         num_tokens: Length of the prompt embedding.
-
-    Returns:
-        Module path (`Global` for all) -> operator -> operations.
     """
     inputs = unet_inputs(unet.config, side=unet.config.sample_size, num_tokens=num_tokens, seed=None)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         unet(**as_arguments(inputs))
-    counts: dict[str, dict[Any, int]] = counter.get_flop_counts()
+    counts: FlopCounts = counter.get_flop_counts()
     return counts
 
 
-def macs_by_module(counts: Mapping[str, Mapping[Any, int]]) -> dict[str, int]:
+def macs_by_module(counts: FlopCounts, *, attention: bool = True) -> dict[str, int]:
     """Module path -> its own multiply-accumulates, without those of the modules inside it.
 
     Args:
-        counts: From `count_flops`.
+        counts: From `count_flops`, of a whole UNet or of some of its modules.
+        attention: Whether to count attention matmuls.
     """
-    flops = {name.partition(".")[2]: sum(found.values()) for name, found in counts.items() if name != "Global"}
+    flops = {
+        name.partition(".")[2]: sum(n for operator, n in found.items() if attention or not _is_attention(operator))
+        for name, found in counts.items()
+        if name != "Global"
+    }
     own = dict(flops)
-    for name in flops:
-        if name:
-            own[_nearest_outside(name, flops)] -= flops[name]
+    for name, inside in flops.items():
+        outside = _nearest_outside(name, flops)
+        if name and outside in own:
+            own[outside] -= inside
     return {name: found // 2 for name, found in own.items()}
 
 
 def _nearest_outside(name: str, flops: Mapping[str, int]) -> str:
-    """The counter knows modules that are called; lists of modules are not."""
-    outer = name.rpartition(".")[0]
-    return outer if outer in flops else _nearest_outside(outer, flops)
+    """The next module around one; the counter knows those that are called, which lists of modules are not."""
+    outside = name.rpartition(".")[0]
+    return outside if outside in flops or not outside else _nearest_outside(outside, flops)

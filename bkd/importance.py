@@ -18,7 +18,7 @@ from bkd.files import cache_folder
 from bkd.model_folder import prompt_length, unet_config
 from bkd.models import best_device, load_pipeline
 from bkd.surgery.anatomy import Anatomy, read_anatomy
-from bkd.surgery.budget import NAMES, Measure, mac_amounts, parameter_amounts, parse_budget
+from bkd.surgery.budget import CostMap, cost_map, parse_budget
 from bkd.surgery.choose import choose, scorable_removals
 from bkd.surgery.diagram import diagram_svg
 from bkd.surgery.options import complete
@@ -57,8 +57,7 @@ class Selection:
         plan: What to remove.
         chosen: The removals that make it up, each with a score of its own.
         scores: Of all options and transformer layers.
-        measure: What the budget limits.
-        limit: How much of it may be left.
+        budget: What may be left, in words.
         predicted: Sum of the chosen options' output changes.
         measured: The chosen student's own output change; the two differ because options influence each other.
         num_samples: Calibration samples used.
@@ -67,16 +66,10 @@ class Selection:
     plan: RemovalPlan
     chosen: tuple[tuple[Unit, ...], ...]
     scores: tuple[Score, ...]
-    measure: Measure
-    limit: int
+    budget: str
     predicted: float
     measured: float
     num_samples: int
-
-    @property
-    def budget(self) -> str:
-        """The budget in words."""
-        return f"at most {self.limit:,} {NAMES[self.measure]}"
 
 
 def select(
@@ -85,7 +78,7 @@ def select(
     calibration: str,
     *,
     num_samples: int,
-    measure: Measure = "parameters",
+    count_macs: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Selection:
     """Score every option on calibration samples and choose the least harmful removal under a budget.
@@ -95,7 +88,7 @@ def select(
         keep: See `parse_budget`.
         calibration: Shards of captioned images; `shapes` for the embedded world's.
         num_samples: How many of them to use.
-        measure: What `keep` is a share or a number of.
+        count_macs: Whether `keep` means MACs instead of parameters.
         progress: Called with (scored, total).
 
     Raises:
@@ -104,8 +97,8 @@ def select(
     check_calibratable(folder)
     config = unet_config(folder)
     anatomy = read_anatomy(config)
-    parameters, macs = parameter_amounts(config), mac_amounts(config, prompt_length(folder))
-    amounts = macs if measure == "macs" else parameters
+    costs = cost_map(config, num_tokens=prompt_length(folder))
+    amounts = costs.macs if count_macs else costs.parameters
     limit = parse_budget(keep, amounts)
     removals = scorable_removals(anatomy)
     choose(anatomy, dict.fromkeys(removals, 0.0), amounts, limit)  # can it be met at all?
@@ -122,16 +115,16 @@ def select(
     return Selection(
         plan=plan,
         chosen=chosen,
-        scores=tuple(
-            Score(units, parameters.saved(anatomy, units), macs.saved(anatomy, units), scores[units])
-            for units in removals
-        ),
-        measure=measure,
-        limit=limit,
+        scores=tuple(_score(anatomy, costs, units, scores[units]) for units in removals),
+        budget=f"at most {limit:,} {amounts.name}",
         predicted=sum(scores[units] for units in chosen),
         measured=change.of_plan(plan),
         num_samples=change.num_samples,
     )
+
+
+def _score(anatomy: Anatomy, costs: CostMap, units: tuple[Unit, ...], change: float) -> Score:
+    return Score(units, costs.parameters.saved(anatomy, units), costs.macs.saved(anatomy, units), change)
 
 
 def _output_change(change: OutputChange, anatomy: Anatomy, units: tuple[Unit, ...]) -> float:

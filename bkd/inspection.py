@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from bkd.cost import UNetCost, count_flops, macs_by_module, summed_cost, unet_cost
 from bkd.errors import SurgeryError
 from bkd.model_folder import model_digest, prompt_length, unet_config
 from bkd.surgery.anatomy import Anatomy, read_anatomy
-from bkd.surgery.budget import amount_within
-from bkd.surgery.build import build_empty
+from bkd.surgery.budget import CostMap, amount_within, cost_map
 from bkd.surgery.plan import PLAN_FILE, Lineage, load_plan, load_plans
 from bkd.surgery.presets import ALIASES, PRESETS
 from bkd.surgery.recognise import recognise
@@ -36,23 +33,13 @@ def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
     Raises:
         SurgeryError: If the model cannot come from that teacher.
     """
-    config, tokens = unet_config(folder), prompt_length(folder)
-    anatomy = read_anatomy(config)
-    unet = build_empty(config)
-    counts = count_flops(unet, tokens)
+    config = unet_config(folder)
+    anatomy, costs = read_anatomy(config), cost_map(config, num_tokens=prompt_length(folder))
     return {
-        **_figures(summed_cost(unet, counts)),
+        **asdict(costs.total()),
         "student_of": _origin(folder, teacher),
-        "units": list(_units(anatomy, unet, counts)),
-        "presets": [_preset(config, name, tokens) for name in PRESETS if name != "none" and fits(anatomy, name)],
-    }
-
-
-def _figures(cost: UNetCost) -> dict[str, int]:
-    return {
-        "parameters": cost.parameters,
-        "macs": cost.macs,
-        "macs_without_attention": cost.macs_without_attention,
+        "units": list(_units(anatomy, costs)),
+        "presets": [_preset(anatomy, costs, name) for name in PRESETS if name != "none" and fits(anatomy, name)],
     }
 
 
@@ -95,18 +82,15 @@ def _origin(folder: Path, teacher: Path | None) -> dict[str, Any] | None:
     return {"plan": plan.name, "removed": list(plan.removed), "inferred": teacher is not None}
 
 
-def _units(anatomy: Anatomy, unet: nn.Module, counts: Mapping[str, Mapping[Any, int]]) -> Iterator[dict[str, Any]]:
-    macs = macs_by_module(counts)
-    total = sum(macs.values())
+def _units(anatomy: Anatomy, costs: CostMap) -> Iterator[dict[str, Any]]:
     for unit in all_units(anatomy):
-        modules = modules_of(unit, anatomy)
         partners, reason = _removal(anatomy.config, unit)
         yield {
             "id": unit,
             "parent": parent_of(unit, anatomy),
-            "modules": modules,
-            "parameters": sum(p.numel() for module in modules for p in unet.get_submodule(module).parameters()),
-            "share_of_macs": amount_within(anatomy, [unit], macs) / total,
+            "modules": modules_of(unit, anatomy),
+            "parameters": amount_within(anatomy, [unit], costs.parameters.whole),
+            "share_of_macs": amount_within(anatomy, [unit], costs.macs.whole) / costs.macs.total,
             "partners": partners,
             "reason": reason,
         }
@@ -120,11 +104,11 @@ def _removal(config: Mapping[str, Any], unit: Unit) -> tuple[list[Unit], str | N
         return [], str(refused.got if refused.got and refused.got != unit else refused.what)
 
 
-def _preset(config: dict[str, Any], name: str, tokens: int) -> dict[str, Any]:
+def _preset(anatomy: Anatomy, costs: CostMap, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "aliases": [alias for alias, known in ALIASES.items() if known == name],
         "summary": PRESETS[name].summary,
         "source": PRESETS[name].source,
-        **_figures(unet_cost(config, plan_removal(config, name), num_tokens=tokens)),
+        **asdict(costs.without(anatomy, plan_removal(anatomy.config, name).removed)),
     }

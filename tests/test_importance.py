@@ -17,7 +17,7 @@ from bkd.errors import DataError, ModelError, SurgeryError
 from bkd.importance import select, write_importance
 from bkd.models import load_pipeline
 from bkd.surgery.anatomy import read_anatomy
-from bkd.surgery.budget import Amounts, amount_within, mac_amounts, parameter_amounts, parse_budget
+from bkd.surgery.budget import Amounts, amount_within, cost_map, parse_budget
 from bkd.surgery.build import build_student
 from bkd.surgery.choose import choose, enumerate_options, scorable_removals
 from bkd.surgery.options import complete
@@ -33,8 +33,7 @@ NUM_TOKENS = 5
 
 @cache
 def amounts_of(model, measure):
-    config = SMALL_CONFIGS[model]
-    return mac_amounts(config, NUM_TOKENS) if measure == "macs" else parameter_amounts(config)
+    return getattr(cost_map(SMALL_CONFIGS[model], num_tokens=NUM_TOKENS), measure)
 
 
 def saved(anatomy, amounts, chosen):
@@ -101,14 +100,12 @@ def test_what_removals_save_is_what_the_student_costs_less(model, seed):
         except SurgeryError:
             continue
     cost = unet_cost(config, plan, num_tokens=NUM_TOKENS)
-    for measure in ("parameters", "macs"):
-        amounts = amounts_of(model, measure)
-        assert amounts.total - amounts.saved(anatomy, plan.removed) == getattr(cost, measure)
+    assert cost_map(config, num_tokens=NUM_TOKENS).without(anatomy, plan.removed) == cost
 
 
 def test_without_its_innermost_level_the_mid_block_costs_more():
     """It then works at the next higher resolution: on SD 1.x that eats up all that the level saves."""
-    anatomy, amounts = read_anatomy(SD1), mac_amounts(SD1, num_tokens=77)
+    anatomy, amounts = read_anatomy(SD1), cost_map(SD1).macs
     assert amounts.saved(anatomy, ["level.3"]) < 0 < amounts.saved(anatomy, ["level.3", "mid"])
 
 
@@ -129,7 +126,7 @@ def test_the_choice_does_not_depend_on_the_scale_of_scores(model, scale):
 
 def test_a_budget_is_kept_to_the_last_parameter():
     """At SDXL's size a solver's tolerance is thousands of parameters."""
-    anatomy, amounts = read_anatomy(SDXL), parameter_amounts(SDXL)
+    anatomy, amounts = read_anatomy(SDXL), cost_map(SDXL).parameters
     rng = random.Random(0)
     scores = {units: rng.random() for units in scorable_removals(anatomy)}
     limit = amounts.total // 2

@@ -29,7 +29,6 @@ from bkd.importance import select
 from bkd.locate import locate
 from bkd.models import load_pipeline, load_unet
 from bkd.prune import plan_pruning
-from bkd.surgery.budget import Measure
 from bkd.surgery.build import build_student
 from bkd.surgery.score import OutputChange
 
@@ -39,14 +38,12 @@ NUM_CALIBRATION = 64
 def arms(teacher: Path) -> dict[str, str]:
     """Name -> removed units, for both presets and the choices that cost no more."""
     found = {}
-    measures: tuple[Measure, ...] = ("parameters", "macs")
     for preset in ("sd-small", "sd-tiny"):
         cost = plan_pruning(teacher, preset).after
         found[preset] = preset
-        for measure in measures:
-            keep = str(getattr(cost, measure))
-            chosen = select(teacher, keep, EMBEDDED, num_samples=NUM_CALIBRATION, measure=measure)
-            found[f"--keep {keep}" + " --macs" * (measure == "macs")] = ",".join(chosen.plan.removed)
+        for keep, count_macs in ((cost.parameters, False), (cost.macs, True)):
+            chosen = select(teacher, str(keep), EMBEDDED, num_samples=NUM_CALIBRATION, count_macs=count_macs)
+            found[f"--keep {keep}" + " --macs" * count_macs] = ",".join(chosen.plan.removed)
     return found
 
 

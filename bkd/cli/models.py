@@ -12,7 +12,6 @@ from bkd.cli.console import console, prepare, progress_view, table
 
 if TYPE_CHECKING:
     from bkd.importance import Selection
-    from bkd.surgery.budget import Measure
 
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]
 SingleFileConfig = Annotated[
@@ -147,10 +146,9 @@ def _select(folder: Path, keep: str, calibration: str, num_samples: int, macs: b
     from bkd.cli.anatomy_view import show_selection
     from bkd.importance import select
 
-    measure: Measure = "macs" if macs else "parameters"
     with progress_view() as view:
         view.phase("scoring every removal")
-        selection = select(folder, keep, calibration, num_samples=num_samples, measure=measure, progress=view.update)
+        selection = select(folder, keep, calibration, num_samples=num_samples, count_macs=macs, progress=view.update)
     show_selection(selection)
     return selection
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from bkd.cost import count_flops, macs_by_module
+from bkd.cost import FlopCounts, UNetCost, count_flops, macs_by_module
 from bkd.errors import SurgeryError
 from bkd.surgery.anatomy import Anatomy, read_anatomy
 from bkd.surgery.build import build_empty
 from bkd.surgery.unet import plan_removal
 from bkd.surgery.units import Unit, modules_of
 
-Measure = Literal["parameters", "macs"]
-NAMES: dict[Measure, str] = {"parameters": "parameters", "macs": "MACs"}
 MULTIPLES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 
 
@@ -24,20 +22,15 @@ class Amounts:
     """Parameters or MACs by where a UNet has them. They add up, so what several removals save adds up as well.
 
     Attributes:
-        measure: What is counted.
+        name: What is counted.
         whole: Parameter name or module path -> amount, in the teacher.
         shallow: The same while the innermost level is gone, as if nothing else were: without the resampling above
             that level, the mid block works at a higher resolution.
     """
 
-    measure: Measure
+    name: str
     whole: Mapping[str, int]
     shallow: Mapping[str, int]
-
-    @property
-    def name(self) -> str:
-        """What is counted, in words."""
-        return NAMES[self.measure]
 
     @property
     def total(self) -> int:
@@ -63,27 +56,53 @@ def amount_within(anatomy: Anatomy, units: Sequence[Unit], amounts: Mapping[str,
     return sum(amount for name, amount in amounts.items() if f"{name}.".startswith(modules))
 
 
-def parameter_amounts(config: dict[str, Any]) -> Amounts:
-    """The parameters of a UNet, from its configuration."""
-    sizes = {name: p.numel() for name, p in build_empty(config).named_parameters()}
-    return Amounts("parameters", sizes, sizes)
+@dataclass(frozen=True)
+class CostMap:
+    """Where the cost of a UNet lies, in each measure of `UNetCost`."""
+
+    parameters: Amounts
+    macs: Amounts
+    macs_without_attention: Amounts
+
+    def total(self) -> UNetCost:
+        """The teacher's."""
+        return UNetCost(self.parameters.total, self.macs.total, self.macs_without_attention.total)
+
+    def without(self, anatomy: Anatomy, units: Sequence[Unit]) -> UNetCost:
+        """A student's that lacks just these units."""
+        measures = (self.parameters, self.macs, self.macs_without_attention)
+        return UNetCost(*(amounts.total - amounts.saved(anatomy, units) for amounts in measures))
 
 
-def mac_amounts(config: dict[str, Any], num_tokens: int) -> Amounts:
-    """The multiply-accumulates of a UNet at batch 1, attention matmuls included, from its configuration.
+def cost_map(config: dict[str, Any], *, num_tokens: int = 77) -> CostMap:
+    """Count a UNet once, and with it all its students.
 
     Args:
-        config: Evaluated at its own `sample_size`.
+        config: A UNet2DConditionModel's; evaluated at its own `sample_size`, at batch 1.
         num_tokens: Length of the prompt embedding.
     """
-    whole = macs_by_module(count_flops(build_empty(config), num_tokens))
+    unet = build_empty(config)
+    sizes = {name: p.numel() for name, p in unet.named_parameters()}
+    whole = count_flops(unet, num_tokens)
+    mid = _mid_without_innermost(config, num_tokens)
+    macs = [
+        Amounts(name, own := macs_by_module(whole, attention=attention), own | macs_by_module(mid, attention=attention))
+        for name, attention in (("MACs", True), ("MACs without attention matmuls", False))
+    ]
+    return CostMap(Amounts("parameters", sizes, sizes), *macs)
+
+
+def _mid_without_innermost(config: dict[str, Any], num_tokens: int) -> FlopCounts:
+    """What the modules of the mid block do while the innermost level is gone; nothing where it cannot stay then."""
     try:
-        without_level = plan_removal(config, f"level.{read_anatomy(config).num_levels - 1}")
+        plan = plan_removal(config, f"level.{read_anatomy(config).num_levels - 1}")
     except SurgeryError:
-        return Amounts("macs", whole, whole)
-    inner = macs_by_module(count_flops(build_empty(config, without_level), num_tokens))
-    mid = {name: macs for name, macs in inner.items() if f"{name}.".startswith("mid_block.")}
-    return Amounts("macs", whole, {**whole, **mid})
+        return {}
+    unet = build_empty(config, plan)
+    if unet.mid_block is None:
+        return {}
+    counts = count_flops(unet, num_tokens)
+    return {name: found for name, found in counts.items() if "mid_block" in name.split(".")}
 
 
 def parse_budget(keep: str, amounts: Amounts) -> int:
