@@ -171,11 +171,13 @@ def weight_files(part: Path) -> list[Path]:
 def _read_index(folder: Path) -> dict[str, tuple[str | None, str | None]]:
     path = folder / "model_index.json"
     if not path.is_file():
+        part = folder / "config.json"
+        kind = read_json(part).get("_class_name", "a single part") if part.is_file() else "no model_index.json"
         raise ModelError(
             "not a diffusers pipeline folder",
             where=folder,
-            got="no model_index.json",
-            remedy="name the folder that holds model_index.json",
+            got=kind,
+            remedy="name the folder that holds model_index.json and every part: unet, vae, text_encoder, …",
         )
     index = read_json(path)
     return {part: (entry[0], entry[1]) for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2}

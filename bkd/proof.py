@@ -82,6 +82,27 @@ class StoredTensor:
             return stream.read(self.stop - self.start)
 
 
+def check_finite(student: UNet2DConditionModel, plan: RemovalPlan, teacher: Path) -> None:
+    """Refuse a teacher whose weights are spoiled; its student would compute NaN, and so would every proof.
+
+    Args:
+        student: Holds the teacher's tensors that are kept.
+        plan: How it came from the teacher.
+        teacher: Pipeline folder; to name in errors.
+
+    Raises:
+        ModelError: If a weight is NaN or infinite.
+    """
+    spoiled = [name for name, tensor in student.named_parameters() if not tensor.isfinite().all()]
+    if spoiled:
+        raise ModelError(
+            "the teacher's weights hold NaN or infinity",
+            where=teacher / "unet",
+            got=f"{len(spoiled)} tensors, the first: {plan.source_of(spoiled[0])}",
+            remedy="get the model again, or save it in float32 or bfloat16: values beyond 65,504 do not fit float16",
+        )
+
+
 def check_tensors(student: Path, teacher: Path, plan: RemovalPlan) -> int:
     """Compare every tensor of a pruned student, as written, with the teacher's tensor that the plan names.
 

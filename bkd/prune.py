@@ -12,7 +12,7 @@ from bkd.cost import UNetCost, unet_cost
 from bkd.errors import OutputError, SurgeryError
 from bkd.model_folder import model_digest, prompt_length, read_json, unet_config
 from bkd.models import load_unet, stored_dtype
-from bkd.proof import check_reload, check_tensors, probe_output
+from bkd.proof import check_finite, check_reload, check_tensors, probe_output
 from bkd.student_folder import new_student_folder, require_free
 from bkd.surgery.build import build_student
 from bkd.surgery.compatibility import compatibility_notes
@@ -126,5 +126,6 @@ def prune(
 def _write_unet(teacher: Path, plan: RemovalPlan, part: Path) -> Tensor:
     """Write the student's UNet; returns what it computes. Its memory is free again before the reload needs some."""
     student = build_student(load_unet(teacher, stored_dtype(teacher)), plan, share_base=True)
+    check_finite(student, plan, teacher)
     student.save_pretrained(part, safe_serialization=True)
     return probe_output(student)

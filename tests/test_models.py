@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bkd.environment import torchvision_problem
 from bkd.errors import EnvironmentProblem, ModelError, OutputError
@@ -92,6 +93,21 @@ def test_the_digest_follows_every_part(folder, part):
 def test_a_folder_without_an_index_is_refused(tmp_path):
     with pytest.raises(ModelError, match="not a diffusers pipeline folder"):
         locate(tmp_path)
+
+
+def test_a_part_by_itself_is_refused_by_its_kind(folder):
+    with pytest.raises(ModelError, match=r"not a diffusers pipeline folder(.|\n)*UNet2DConditionModel\n.*every part"):
+        locate(folder / "unet")
+
+
+def test_a_teacher_with_spoiled_weights_is_refused_and_nothing_is_written(folder, tmp_path):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.bias"][0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"hold NaN or infinity(.|\n)*1 tensors, the first: conv_in\.bias"):
+        prune(folder, "spoiled", "mid", tmp_path / "student")
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_broken_index_is_refused(folder):
@@ -206,8 +222,6 @@ def test_numbered_parts_need_their_index(folder):
 
 def test_a_unet_that_lost_blocks_in_place_is_refused(folder, tmp_path):
     """As in-place pruners save it: fewer tensors than the configuration names; diffusers would make up the rest."""
-    from safetensors.torch import load_file, save_file
-
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({key: t for key, t in load_file(path).items() if not key.startswith("mid_block.")}, path)
     for use in (lambda: prune(folder, "mine", "sd-small", tmp_path / "out"), lambda: load_pipeline(folder)):
@@ -315,8 +329,6 @@ def test_single_files_say_what_they_need(single_file, family_folders, tmp_path, 
     ],
 )
 def test_a_single_file_must_hold_every_part(single_file, prefixes, message, tmp_path, cache):
-    from safetensors.torch import load_file, save_file
-
     part = tmp_path / "part.safetensors"
     save_file({key: tensor for key, tensor in load_file(single_file).items() if key.startswith(prefixes)}, part)
     before = {*cache.rglob("*")}
@@ -368,8 +380,6 @@ def test_the_proof_notices_other_weights(teacher_folder, teacher):
 
 
 def test_the_proof_compares_every_tensor(teacher_folder, tmp_path, without_reload):
-    from safetensors.torch import load_file, save_file
-
     pruning = prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "out")
     (weights,) = (tmp_path / "out" / "unet").glob("*.safetensors")
     tensors = load_file(weights)
