@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
 
     Returns:
         For programs as it stands: `parameters`, `macs`, `macs_without_attention`, `student_of`, `units`, `presets`.
-        Each unit has `id`, `parent`, `modules`, `parameters`, `share_of_macs`, `partners`, and why it cannot go:
-        `reason`.
+        Each unit has `id`, `parent`, `modules`, `parameters`, `share_of_macs`; its `partners` and what removing it with
+        them saves of each measure (`saved`), or why it cannot go (`reason`).
 
     Raises:
         SurgeryError: If the model cannot come from that teacher.
@@ -84,24 +84,26 @@ def _origin(folder: Path, teacher: Path | None) -> dict[str, Any] | None:
 
 def _units(anatomy: Anatomy, costs: CostMap) -> Iterator[dict[str, Any]]:
     for unit in all_units(anatomy):
-        partners, reason = _removal(anatomy.config, unit)
         yield {
             "id": unit,
             "parent": parent_of(unit, anatomy),
             "modules": modules_of(unit, anatomy),
             "parameters": amount_within(anatomy, [unit], costs.parameters.whole),
             "share_of_macs": amount_within(anatomy, [unit], costs.macs.whole) / costs.macs.total,
-            "partners": partners,
-            "reason": reason,
+            **_removal(anatomy, costs, unit),
         }
 
 
-def _removal(config: Mapping[str, Any], unit: Unit) -> tuple[list[Unit], str | None]:
-    """The partners of a unit, or why it cannot go."""
+def _removal(anatomy: Anatomy, costs: CostMap, unit: Unit) -> dict[str, Any]:
+    """The partners of a unit and what goes with them all, or why it cannot go."""
     try:
-        return list(plan_removal(config, unit).partners), None
+        plan = plan_removal(anatomy.config, unit)
     except SurgeryError as refused:
-        return [], str(refused.got if refused.got and refused.got != unit else refused.what)
+        reason = str(refused.got if refused.got and refused.got != unit else refused.what)
+        return {"partners": [], "saved": None, "reason": reason}
+    before, after = asdict(costs.total()), asdict(costs.without(anatomy, plan.removed))
+    saved = {measure: before[measure] - after[measure] for measure in before}
+    return {"partners": list(plan.partners), "saved": saved, "reason": None}
 
 
 def _preset(anatomy: Anatomy, costs: CostMap, name: str) -> dict[str, Any]:

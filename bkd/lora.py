@@ -11,6 +11,7 @@ from typing import Any
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from bkd.surgery.plan import Lineage
 UNET = "unet"
 ORIGINAL_LAYOUT = SimpleNamespace(layers_per_block=2)
 """Files with block numbers of the original layout count as whole teachers do, whatever the student has left."""
+
+OTHER_ADAPTERS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
+"""Parts of tensor names in files of other adapters, which are often called LoRA too."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,15 @@ def _read(path: Path) -> dict[str, Tensor]:
             where=path,
             allowed="a .safetensors file; pickled files can run code and are not read",
         )
+    _refuse_other_adapters(path)
     try:
         # The SDXL loader takes files of SD 1.x and 2.x, too.
         found, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
             str(path.resolve()), unet_config=ORIGINAL_LAYOUT, return_lora_metadata=True, use_safetensors=True
         )
     except Exception as error:  # diffusers raises a dozen kinds for files that are no LoRA it knows
-        raise ModelError("diffusers cannot read this as a LoRA", where=path, got=error) from error
+        got = " ".join(str(error).split())
+        raise ModelError("diffusers cannot read this as a LoRA", where=path, got=got) from error
     if not any("lora" in key for key in found):
         raise ModelError(
             "not a LoRA file", where=path, got=", ".join(list(found)[:3]), allowed="tensors named …lora_A / lora_down…"
@@ -109,6 +115,22 @@ def _read(path: Path) -> dict[str, Tensor]:
     unet = {key: tensor for key, tensor in scaled.items() if key.startswith(f"{UNET}.")}
     text = {key: tensor for key, tensor in scaled.items() if key not in unet}
     return {**convert_unet_state_dict_to_peft(unet), **text}
+
+
+def _refuse_other_adapters(path: Path) -> None:
+    try:
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
+    except Exception as error:
+        raise ModelError("this file cannot be read", where=path, got=error, remedy="download it again") from error
+    for name in names:
+        if found := next((kind for kind in OTHER_ADAPTERS if kind in name), None):
+            raise ModelError(
+                f"this is a {OTHER_ADAPTERS[found]}, not a LoRA",
+                where=path,
+                got=name,
+                allowed="LoRA files of diffusers, peft or kohya",
+            )
 
 
 def _scale(key: str, tensor: Tensor, alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -29,10 +30,13 @@ def require_free(folder: Path, *, overwrite: bool, marker: str) -> None:
         marker: A file by which such an output is known; nothing else is ever replaced.
 
     Raises:
-        OutputError: If the folder holds anything else, or it is a file.
+        OutputError: If the folder holds anything else, is a file, or cannot be written to.
     """
     if folder.is_file():
         raise OutputError("the output folder is a file", where=folder, remedy="choose another -o")
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError("nothing can be written there", where=there, got=f"-o {folder}", remedy="choose another -o")
     replaceable = (folder / marker).is_file()
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite and replaceable):
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
@@ -57,10 +61,15 @@ def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts:
         facts: More to write into the plan file, such as the teacher's digest.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two commands that write to one place must not write into each other.
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.unfinished-"))
-    unfinished.chmod(0o755)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: two commands that write to one place must not write into each other.
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.unfinished-"))
+        unfinished.chmod(0o755)
+    except OSError as error:
+        raise OutputError(
+            "the output folder cannot be made", where=folder, got=error.strerror, remedy="choose another -o"
+        ) from error
     try:
         for part in parts_of(teacher):
             if part != "unet":

@@ -24,7 +24,12 @@ def test_inspect_gives_programs_everything(bkd):
     units = {unit["id"]: unit for unit in found["units"]}
     assert units["down.1.1"]["partners"] == ["up.2.1"] and units["down.1.1"]["reason"] is None
     assert units["down.1.0"]["reason"] and units["mid"]["modules"] == ["mid_block"]
-    assert units["level.3"]["parameters"] == 1_365_312
+    assert units["level.3"]["parameters"] == 1_365_312 and units["down.1.0"]["saved"] is None
+    saved = units["down.1.1"]["saved"]  # with its partner
+    assert saved["parameters"] == units["down.1.1"]["parameters"] + units["up.2.1"]["parameters"]
+    assert saved["macs"] / found["macs"] == pytest.approx(
+        units["down.1.1"]["share_of_macs"] + units["up.2.1"]["share_of_macs"]
+    )
     layers = [unit for name, unit in units.items() if name.count(".") == 2 and name[-1].isdigit() and ".t" not in name]
     assert 0.75 < sum(unit["share_of_macs"] for unit in layers) < 1
 

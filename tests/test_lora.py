@@ -133,8 +133,11 @@ def test_what_is_no_lora_of_this_teacher_is_refused(adapted, tiny, tmp_path):
     with pytest.raises(ModelError, match="no such file"):
         remap_lora(tmp_path / "absent.safetensors", tiny, plan, out)
     (tmp_path / "half.safetensors").write_bytes(files["diffusers"].read_bytes()[:999])
-    with pytest.raises(ModelError, match="cannot read this as a LoRA"):
+    with pytest.raises(ModelError, match=r"this file cannot be read(.|\n)*download it again"):
         remap_lora(tmp_path / "half.safetensors", tiny, plan, out)
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.zeros(2, 2)}, tmp_path / "loha.safetensors")
+    with pytest.raises(ModelError, match=r"this is a LoHa, not a LoRA(.|\n)*hada_w1_a\n.*diffusers, peft or kohya"):
+        remap_lora(tmp_path / "loha.safetensors", tiny, plan, out)
     tensors = load_file(files["diffusers"])
     wide = {key: torch.zeros(4, 7) if key.endswith("attn1.to_q.lora_A.weight") else t for key, t in tensors.items()}
     save_file(wide, tmp_path / "wide.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_the_digest_follows_every_part(folder, part):
 def test_a_folder_without_an_index_is_refused(tmp_path):
     with pytest.raises(ModelError, match="not a diffusers pipeline folder"):
         locate(tmp_path)
+
+
+def test_an_output_that_cannot_be_made_is_refused(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="the output folder is a file"):
+        prune(folder, "model", "mid", tmp_path / "file")
+    with pytest.raises(OutputError, match=r"file: nothing can be written there\n.*-o .*student"):
+        prune(folder, "model", "mid", tmp_path / "file" / "deep" / "student")
+    with pytest.raises(OutputError, match=r"output folder cannot be made|nothing can be written there"):
+        prune(folder, "model", "mid", Path("/proc/student"))
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_part_by_itself_is_refused_by_its_kind(folder):

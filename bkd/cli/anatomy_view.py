@@ -24,11 +24,12 @@ Row = tuple[str, ...]
 def unit_table(model: str, found: dict[str, Any]) -> Table:
     """The tree of units; the transformer layers of one attention share a row."""
     parents = {unit["id"]: unit["parent"] for unit in found["units"]}
+    total = found["macs"]
     rows: list[Row] = []
     for _, members in groupby(found["units"], key=lambda unit: _stack_of(unit["id"])):
-        rows.append(_row(list(members), parents))
+        rows.append(_row(list(members), parents, total))
     title = f"{model}: UNet, {found['parameters']:,} parameters, {short(found['macs'])} MACs"
-    return table(title, ("unit", "parameters", "MACs", "when removed"), rows, left=(0, 3))
+    return table(title, ("unit", "parameters", "MACs", "saved", "when removed"), rows, left=(0, 4))
 
 
 def _stack_of(unit: str) -> str:
@@ -36,7 +37,7 @@ def _stack_of(unit: str) -> str:
     return re.sub(r"\.t\d+$", ".t", unit)
 
 
-def _row(units: Sequence[dict[str, Any]], parents: dict[str, str | None]) -> Row:
+def _row(units: Sequence[dict[str, Any]], parents: dict[str, str | None], total_macs: int) -> Row:
     """One unit, or the transformer layers of one attention: these differ in nothing but their number."""
     unit, depth = units[0], 0
     parent = unit["parent"]
@@ -48,7 +49,8 @@ def _row(units: Sequence[dict[str, Any]], parents: dict[str, str | None]) -> Row
     fate = f"takes {', '.join(_compact(partners))} along" if partners else ""
     if unit["reason"]:
         fate = f"cannot go: {unit['reason']}"
-    return ("  " * depth + label, f"{each}{unit['parameters']:,}", f"{each}{unit['share_of_macs']:.1%}", fate)
+    saves = f"{each}{unit['saved']['macs'] / total_macs:.1%}" if unit["saved"] else ""
+    return ("  " * depth + label, f"{each}{unit['parameters']:,}", f"{each}{unit['share_of_macs']:.1%}", saves, fate)
 
 
 def preset_table(found: dict[str, Any]) -> Table:
