@@ -16,6 +16,7 @@ from bkd.surgery.presets import ALIASES, PRESETS
 from bkd.surgery.recognise import recognise
 from bkd.surgery.unet import fits, plan_removal
 from bkd.surgery.units import Unit, all_units, modules_of, parent_of
+from bkd.unet_weights import weights_problem
 
 
 def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
         teacher: Pipeline folder that the model may be a student of; its plan is inferred where it has none.
 
     Returns:
-        For programs as it stands: `parameters`, `macs`, `macs_without_attention`, `student_of`, `units`, `presets`.
+        For programs as it stands: `parameters`, `macs`, `macs_without_attention`, `weights_problem` (why the
+            weights are not those of the configuration, or None), `student_of`, `units`, `presets`.
         Each unit has `id`, `parent`, `modules`, `parameters`, `share_of_macs`; its `partners` and what removing it with
         them saves of each measure (`saved`), or why it cannot go (`reason`).
 
@@ -37,6 +39,7 @@ def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
     anatomy, costs = read_anatomy(config), cost_map(config, num_tokens=prompt_length(folder))
     return {
         **asdict(costs.total()),
+        "weights_problem": weights_problem(folder),
         "student_of": _origin(folder, teacher),
         "units": list(_units(anatomy, costs)),
         "presets": [_preset(anatomy, costs, name) for name in PRESETS if name != "none" and fits(anatomy, name)],

@@ -36,12 +36,15 @@ def locate(
     Raises:
         ModelError: If there is no such model, or a part of it is missing.
     """
+    path = Path(name).expanduser()
+    is_single_file = path.suffix in SINGLE_FILE_SUFFIXES and not path.is_dir()
+    if config is not None and not is_single_file:
+        raise ModelError("--config is for single files", where=path, got=config, remedy="leave it out")
     if str(name) == EMBEDDED:
         return Path(str(resources.files("bkd") / "assets" / "shapes"))
-    path = Path(name).expanduser()
     if revision is not None and path.exists():
         raise ModelError("--revision is for Hub ids", where=path, got=revision, remedy="leave it out")
-    if path.suffix in SINGLE_FILE_SUFFIXES and not path.is_dir():
+    if is_single_file:
         return _single_file(path, config, weights)
     if (path / "run.json").is_file() and not (path / "model_index.json").is_file():
         path = _student_of(path)
@@ -92,7 +95,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     except Exception as error:  # the Hub client raises a dozen kinds; each means that there is no model to work on
         raise ModelError(
             f"cannot get '{name}' from the Hub, and there is no such folder here",
-            got=(str(error).strip() or type(error).__name__).splitlines()[0],
+            got=(str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: "),
             remedy="give another model by folder or Hub id (bkd train: --teacher, make: TEACHER=); "
             "private repositories need `hf auth login`",
         ) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,13 @@ UNET = "unet"
 ORIGINAL_LAYOUT = SimpleNamespace(layers_per_block=2)
 """Files with block numbers of the original layout count as whole teachers do, whatever the student has left."""
 
-OTHER_ADAPTERS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
+OTHER_ADAPTERS = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+}
 """Parts of tensor names in files of other adapters, which are often called LoRA too."""
 
 
@@ -58,8 +65,7 @@ def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, ove
     Raises:
         BkdError: If the file is no LoRA of this teacher, or nothing of it could be carried over.
     """
-    if output.exists() and not overwrite:
-        raise OutputError("the output file exists", where=output, remedy="choose another -o, or add --overwrite")
+    _check_output(lora, output, overwrite)
     tensors = _read(lora)
     shapes = {key.removesuffix(".weight"): p.shape for key, p in build_empty(unet_config(student)).named_parameters()}
     homes = {lineage.source_of(module): module for module in shapes}
@@ -90,6 +96,17 @@ def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, ove
     return Remapped(len(carried), tuple(lost), tuple(unknown))
 
 
+def _check_output(lora: Path, output: Path, overwrite: bool) -> None:
+    if output.suffix != ".safetensors":
+        raise OutputError("the output is a .safetensors file", where=output, remedy="choose another -o")
+    if output.resolve() == lora.resolve():
+        raise OutputError("the output is the teacher's LoRA itself", where=output, remedy="choose another -o")
+    if output.is_dir():
+        raise OutputError("the output file is a folder", where=output, remedy="choose another -o")
+    if output.exists() and not overwrite:
+        raise OutputError("the output file exists", where=output, remedy="choose another -o, or add --overwrite")
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     """The file's tensors with alpha / r in the up-projections; the UNet's as `unet.MODULE.lora_A.weight`."""
     if path.suffix != ".safetensors" or not path.is_file():
@@ -98,7 +115,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             where=path,
             allowed="a .safetensors file; pickled files can run code and are not read",
         )
-    _refuse_other_adapters(path)
+    names = _tensor_names(path)
+    _refuse_other_adapters(path, names)
     try:
         # The SDXL loader takes files of SD 1.x and 2.x, too.
         found, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
@@ -111,18 +129,29 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ModelError(
             "not a LoRA file", where=path, got=", ".join(list(found)[:3]), allowed="tensors named …lora_A / lora_down…"
         )
+    in_file, understood = _count_adapters(names), _count_adapters(found)
+    if understood < in_file:
+        raise ModelError(
+            "diffusers does not understand all of this LoRA",
+            where=path,
+            got=f"{in_file} adapted modules in the file, {understood} after loading: some names come to the same",
+            remedy="save it again with diffusers or peft",
+        )
     scaled = {key: tensor * _scale(key, tensor, alphas or {}, metadata or {}) for key, tensor in found.items()}
     unet = {key: tensor for key, tensor in scaled.items() if key.startswith(f"{UNET}.")}
     text = {key: tensor for key, tensor in scaled.items() if key not in unet}
     return {**convert_unet_state_dict_to_peft(unet), **text}
 
 
-def _refuse_other_adapters(path: Path) -> None:
+def _tensor_names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="np") as file:
-            names = list(file.keys())
+            return list(file.keys())
     except Exception as error:
         raise ModelError("this file cannot be read", where=path, got=error, remedy="download it again") from error
+
+
+def _refuse_other_adapters(path: Path, names: Sequence[str]) -> None:
     for name in names:
         if found := next((kind for kind in OTHER_ADAPTERS if kind in name), None):
             raise ModelError(
@@ -131,6 +160,10 @@ def _refuse_other_adapters(path: Path) -> None:
                 got=name,
                 allowed="LoRA files of diffusers, peft or kohya",
             )
+
+
+def _count_adapters(names: Iterable[str]) -> int:
+    return sum(re.search(r"lora_A|(lora|lora_linear_layer)[_.]down", name) is not None for name in names)
 
 
 def _scale(key: str, tensor: Tensor, alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:

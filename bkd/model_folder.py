@@ -72,18 +72,23 @@ def _check_part(folder: Path, part: str, weights: bool) -> None:
         )
     read_json(config)
     if weights and config.name == "config.json":
-        _check_weights(folder / part)
+        check_weights(folder / part)
 
 
-def _check_weights(part: Path) -> None:
+def check_weights(part: Path) -> None:
+    """Check that a part's weight files are all there and whole.
+
+    Raises:
+        ModelError: Naming what is missing or damaged.
+    """
     files = weight_files(part)
     if not files:
         raise ModelError(
             f"the part '{part.name}' has no safetensors weights",
             where=part.parent,
             got=", ".join(sorted(path.name for path in part.iterdir())),
-            allowed="model.safetensors or diffusion_pytorch_model.safetensors, whole or in numbered parts; "
-            "pickled .bin and .ckpt files can run code and are not read",
+            allowed="model.safetensors or diffusion_pytorch_model.safetensors, whole or in numbered parts; no variants "
+            "such as model.fp16.safetensors (rename them), and no .bin or .ckpt: pickled files can run code",
         )
     found = {path.name for path in files}
     indexes = [p for p in part.glob("*.safetensors.index.json") if WEIGHTS.fullmatch(p.name[: -len(".index.json")])]

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from bkd.cost import UNetCost, unet_cost
 from bkd.errors import OutputError, SurgeryError
-from bkd.model_folder import model_digest, prompt_length, read_json, unet_config
-from bkd.models import load_unet, stored_dtype
+from bkd.model_folder import model_digest, parts_of, prompt_length, read_json, unet_config
+from bkd.models import load_unet
 from bkd.proof import check_finite, check_reload, check_tensors, probe_output
+from bkd.run_folder import RunFolder
 from bkd.student_folder import new_student_folder, require_free
 from bkd.surgery.build import build_student
 from bkd.surgery.compatibility import compatibility_notes
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan
 from bkd.surgery.unet import plan_removal
+from bkd.unet_weights import check_unet_weights, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,17 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Written:
-    """What a finished pruning proved: the teacher's SHA-256, and how many tensors were compared with its own."""
+    """What a finished pruning proved.
+
+    Attributes:
+        teacher_digest: SHA-256.
+        num_tensors: How many were compared with the teacher's own.
+        ignored: Tensors in the teacher's files that its configuration does not know.
+    """
 
     teacher_digest: str
     num_tensors: int
+    ignored: tuple[str, ...]
 
 
 def plan_pruning(teacher: Path, blocks: str, *, strict: bool = False) -> Pruning:
@@ -72,11 +81,30 @@ def check_output(teacher: Path, output: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that cannot be written, before any work is done.
 
     Raises:
-        OutputError: If the folder is in use, or is the teacher itself.
+        OutputError: If the folder is in use, belongs to a run, or has to do with the teacher's.
     """
-    if teacher.resolve().is_relative_to(output.resolve()):
+    place, source = output.resolve(), teacher.resolve()
+    if source.is_relative_to(place):
         raise OutputError("the output folder is or holds the teacher itself", where=output, remedy="choose another -o")
+    if place.is_relative_to(source):
+        raise OutputError("the output folder lies inside the teacher's", where=output, remedy="choose another -o")
+    if run := next((folder for folder in place.parents if RunFolder(folder).facts_file.is_file()), None):
+        raise OutputError("the output folder lies inside a run", where=output, got=run, remedy="choose another -o")
     require_free(output, overwrite=overwrite, marker=PLAN_FILE)
+    if output.is_dir() and (foreign := _foreign(output)):
+        raise OutputError(
+            "the output folder holds more than an earlier student",
+            where=output,
+            got=", ".join(foreign),
+            remedy="move that away, or choose another -o",
+        )
+
+
+def _foreign(student: Path) -> list[str]:
+    """What somebody has put beside the files of a pruned student."""
+    index = student / "model_index.json"
+    ours = {index.name, *(parts_of(student) if index.is_file() else ())}
+    return sorted(path.name for path in student.iterdir() if path.name not in ours and not path.name.startswith("bkd_"))
 
 
 def prune(
@@ -106,7 +134,7 @@ def prune(
         BkdError: If the folder is in use, or the written student fails a proof; nothing is left behind then.
     """
     check_output(teacher, output, overwrite=overwrite)
-    digest = model_digest(teacher)
+    digest, ignored = model_digest(teacher), check_unet_weights(teacher)
     facts = {
         "teacher": name,
         "teacher_revision": revision,
@@ -120,7 +148,7 @@ def prune(
         num_tensors = check_tensors(folder, teacher, pruning.plan)
         check_reload(folder, expected)
         write_more(folder)
-    return Written(digest, num_tensors)
+    return Written(digest, num_tensors, ignored)
 
 
 def _write_unet(teacher: Path, plan: RemovalPlan, part: Path) -> Tensor:

@@ -20,8 +20,8 @@ from torch import nn
 from bkd.errors import ModelError
 from bkd.files import cache_folder, file_digest
 from bkd.model_folder import check_pipeline_folder, is_inpainting, is_sdxl, unet_config
-from bkd.models import DTYPES
 from bkd.surgery.build import build_empty
+from bkd.unet_weights import DTYPES
 
 UNET_PREFIX = "model.diffusion_model."
 

@@ -41,7 +41,7 @@ def require_free(folder: Path, *, overwrite: bool, marker: str) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite and replaceable):
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
         raise OutputError(
-            "the output folder holds something else",
+            f"the output folder holds {'an earlier output' if replaceable else 'something else'}",
             where=folder,
             got=held,
             remedy="choose another -o" + (", or add --overwrite" if replaceable else ""),

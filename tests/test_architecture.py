@@ -12,9 +12,9 @@ FILES = sorted((ROOT / "bkd").rglob("*.py"))
 
 LAYERS = [
     {"bkd", "errors", "environment", "files"},
-    {"diffusion", "losses", "hooks", "rng", "surgery"},
-    {"model_folder", "models", "locate", "single_file", "data", "recipe"},
-    {"methods", "cost", "proof", "calibration"},
+    {"diffusion", "losses", "hooks", "rng", "surgery", "cost"},
+    {"model_folder", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
+    {"methods", "proof", "calibration"},
     {"run_folder", "student_folder", "inspection", "prune", "importance", "lora"},
     {"train", "checkpoint", "tracking", "eval"},
     {"run"},

@@ -182,6 +182,8 @@ def test_budgets(keep, parameters):
     [
         ("much", r"--keep: not a size\n.*much\n.*0\.65"),
         ("-1", "not a size"),
+        ("65", r"two things\n.*65\n.*65% or 65M"),
+        ("1.5", "two things"),
         ("1", "nothing would be removed"),
         ("2K", r"nothing would be removed\n.*2,000 parameters\n.*fewer than the teacher's 1,000"),
         ("0", "everything would be removed"),

@@ -136,6 +136,12 @@ def test_what_is_no_lora_of_this_teacher_is_refused(adapted, tiny, tmp_path):
     with pytest.raises(ModelError, match=r"this file cannot be read(.|\n)*download it again"):
         remap_lora(tmp_path / "half.safetensors", tiny, plan, out)
     save_file({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.zeros(2, 2)}, tmp_path / "loha.safetensors")
+    names = [f"lora_unet_input_blocks_0_attentions_{number}_proj_in" for number in range(2)]
+    sides = {"lora_down": (2, 32, 1, 1), "lora_up": (32, 2, 1, 1)}
+    same = {f"{name}.{side}.weight": torch.zeros(shape) for name in names for side, shape in sides.items()}
+    save_file(same, tmp_path / "same.safetensors")
+    with pytest.raises(ModelError, match=r"does not understand all of this LoRA|cannot read this as a LoRA"):
+        remap_lora(tmp_path / "same.safetensors", tiny, plan, out)
     with pytest.raises(ModelError, match=r"this is a LoHa, not a LoRA(.|\n)*hada_w1_a\n.*diffusers, peft or kohya"):
         remap_lora(tmp_path / "loha.safetensors", tiny, plan, out)
     tensors = load_file(files["diffusers"])
@@ -148,6 +154,15 @@ def test_what_is_no_lora_of_this_teacher_is_refused(adapted, tiny, tmp_path):
     with pytest.raises(ModelError, match=rf"no UNet tensor of this LoRA fits the student\n.*{len(lost)} tensors"):
         remap_lora(tmp_path / "lost.safetensors", tiny, plan, out)
     out.write_text("mine")
+    lora = files["diffusers"]
+    for output, message in [
+        (lora, "the output is the teacher's LoRA itself"),
+        (tmp_path / "lora.bin", "the output is a .safetensors file"),
+        (tmp_path / "folder.safetensors", "the output file is a folder"),
+    ]:
+        (tmp_path / "folder.safetensors").mkdir(exist_ok=True)
+        with pytest.raises(OutputError, match=message):
+            remap_lora(lora, tiny, plan, output, overwrite=True)
     with pytest.raises(OutputError, match="the output file exists"):
         remap_lora(files["diffusers"], tiny, plan, out)
     assert out.read_text() == "mine" and not list(tmp_path.glob(".*"))

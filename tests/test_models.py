@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from bkd.environment import torchvision_problem
 from bkd.errors import EnvironmentProblem, ModelError, OutputError
+from bkd.inspection import inspect_model
 from bkd.locate import locate
 from bkd.model_folder import check_pipeline_folder, model_digest, native_resolution
-from bkd.models import load_pipeline, load_unet, stored_dtype
+from bkd.models import load_pipeline, load_unet
 from bkd.proof import check_reload, check_tensors, probe_output
 from bkd.prune import plan_pruning
 from bkd.prune import prune as write_pruned
+from bkd.unet_weights import check_unet_weights, stored_dtype, weights_problem
 from tests.original_layout import save_original_layout
 
 
@@ -46,7 +48,7 @@ def test_missing_weights_are_named(folder):
 
 def test_pickled_weights_are_not_read(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pickled \.bin and \.ckpt files can run code"):
+    with pytest.raises(ModelError, match=r"no \.bin or \.ckpt: pickled files can run code"):
         locate(folder)
 
 
@@ -105,6 +107,41 @@ def test_an_output_that_cannot_be_made_is_refused(folder, tmp_path):
     with pytest.raises(OutputError, match=r"output folder cannot be made|nothing can be written there"):
         prune(folder, "model", "mid", Path("/proc/student"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_overwriting_spares_runs_teachers_and_what_others_put_there(folder, tmp_path):
+    prune(folder, "model", "mid", tmp_path / "out")
+    with pytest.raises(OutputError, match=r"holds an earlier output(.|\n)*--overwrite"):
+        prune(folder, "model", "mid", tmp_path / "out")
+    prune(folder, "model", "mid.attn", tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "lora").mkdir()
+    with pytest.raises(OutputError, match=r"more than an earlier student\n.*got: lora\n"):
+        prune(folder, "model", "mid", tmp_path / "out", overwrite=True)
+    with pytest.raises(OutputError, match="lies inside the teacher's"):
+        prune(folder, "model", "mid", folder / "student")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"lies inside a run\n"):
+        prune(folder, "model", "mid", tmp_path / "run" / "student", overwrite=True)
+    assert not list((tmp_path / "run").glob("student"))
+
+
+def test_weights_that_are_not_of_their_configuration_are_noticed_by_looking(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert weights_problem(folder) is None
+    tensors = load_file(weights)
+    save_file({**tensors, "foo.bar": torch.zeros(1)}, weights)
+    assert weights_problem(folder) is None and check_unet_weights(folder) == ("foo.bar",)
+    save_file({key: tensor for key, tensor in tensors.items() if key != "conv_in.bias"}, weights)
+    problem = inspect_model(folder)["weights_problem"]
+    assert problem == (
+        "the UNet's weights are not those of its configuration: 1 tensors missing or of another shape, "
+        "the first: conv_in.bias"
+    )
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "damaged" in weights_problem(folder)
+    weights.unlink()
+    assert weights_problem(folder) is None  # nothing was downloaded
 
 
 def test_a_part_by_itself_is_refused_by_its_kind(folder):
@@ -267,8 +304,6 @@ def test_a_damaged_plan_is_named(folder):
 
 
 def test_configurations_alone_are_enough_to_look(folder):
-    from bkd.inspection import inspect_model
-
     for path in folder.rglob("*.safetensors"):
         path.unlink()
     assert inspect_model(locate(folder, weights=False))["parameters"] == 5_523_876
@@ -323,6 +358,8 @@ def test_single_files_say_what_they_need(single_file, family_folders, tmp_path, 
         locate(tmp_path / "zeros.safetensors", config="shapes", weights=False)
     with pytest.raises(ModelError, match=r"--revision is for Hub ids"):
         locate(single_file, config="shapes", revision="main")
+    with pytest.raises(ModelError, match="--config is for single files"):
+        locate("shapes", config="shapes")
     (tmp_path / "model.ckpt").write_bytes(b"a pickle")
     with pytest.raises(ModelError, match=r"pickled checkpoints can run code(.|\n)*\.safetensors version"):
         locate(tmp_path / "model.ckpt", config="shapes")

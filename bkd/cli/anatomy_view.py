@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from bkd.cli.console import console, short, table
+from bkd.cli.console import console, counted, short, table
 from bkd.surgery.plan import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _row(units: Sequence[dict[str, Any]], parents: dict[str, str | None], total_
     each = "each " if len(units) > 1 else ""
     label = f"{unit['id']} … {units[-1]['id'].rpartition('.')[2]}" if each else unit["id"]
     partners = [partner for member in units for partner in member["partners"]]
-    fate = f"takes {', '.join(_compact(partners))} along" if partners else ""
+    fate = f"takes {', '.join(_compact(partners))} along" if partners else "may go"
     if unit["reason"]:
         fate = f"cannot go: {unit['reason']}"
     saves = f"{each}{unit['saved']['macs'] / total_macs:.1%}" if unit["saved"] else ""
@@ -69,7 +69,7 @@ def show_pruning(pruning: Pruning) -> None:
     console.print(f"removed: {', '.join(_compact(named))}")
     if plan.partners:
         console.print(
-            f"and with them, because no stock configuration lacks one alone: {', '.join(_compact(plan.partners))}"
+            f"and with them, because a stock configuration lacks both or neither: {', '.join(_compact(plan.partners))}"
         )
     costs = (("before", pruning.before), ("after", pruning.after))
     rows = [(name, f"{c.parameters:,}", short(c.macs), short(c.macs_without_attention)) for name, c in costs]
@@ -78,7 +78,9 @@ def show_pruning(pruning: Pruning) -> None:
     share = ("left", *(f"{part:.1%}" for part in (*left, after.macs_without_attention / before.macs_without_attention)))
     console.print(table("UNet", ("", "parameters", "MACs", "without attention matmuls"), [*rows, share]))
     sites = ", ".join(f"{len(pairs)} {name}" for name, pairs in plan.feature_pairs.items())
-    console.print(f"key map: {len(plan.renamed)} modules renamed, all others keep their name; feature sites: {sites}")
+    console.print(
+        f"key map: {counted(len(plan.renamed), 'module')} renamed, all others keep their name; feature sites: {sites}"
+    )
     for note in pruning.notes:
         console.print(f"note: {note}")
 
@@ -87,6 +89,9 @@ def show_written(teacher: str, written: Written, output: Path) -> None:
     """What was proved of a written student, and what its plan file holds."""
     console.print(f"proved: all {written.num_tensors} tensors equal the teacher's, byte for byte")
     console.print("proved: another process, without bkd, loads it with stock diffusers and computes the same")
+    if written.ignored:
+        names = ", ".join(written.ignored[:3]) + " …" * (len(written.ignored) > 3)
+        console.print(f"note: left out, because the teacher's configuration does not know them: {names}")
     console.print(f"plan: {output / PLAN_FILE}; teacher {teacher}, sha256 {written.teacher_digest[:16]}…")
     console.print(f"done: {output}")
 
@@ -101,7 +106,7 @@ def show_selection(selection: Selection) -> None:
             f"{score.change:.2g}",
             "x" * (score.units in selection.chosen),
         )
-        for score in sorted(selection.scores, key=lambda score: score.change)
+        for score in sorted(selection.scores, key=lambda score: (score.units not in selection.chosen, score.change))
     ]
     title = f"relative change of the output when removed, on {selection.num_samples} samples"
     console.print(table(title, ("units", "parameters", "MACs", "change", "chosen"), rows))

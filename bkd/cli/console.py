@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -20,7 +21,7 @@ LOG_WIDTH = 120
 """Columns for tables that go to a file or a pipe."""
 console = Console(highlight=False, markup=False)
 if not console.is_terminal:
-    console.width = LOG_WIDTH
+    console.width = int(os.environ.get("COLUMNS") or LOG_WIDTH)
 _errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -51,6 +52,11 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, l
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 module`, `2 modules`."""
+    return f"{number} {thing}" + "s" * (number != 1)
 
 
 def short(number: int) -> str:

@@ -78,6 +78,8 @@ def _show_anatomy(model: str, found: dict[str, Any]) -> None:
     from bkd.cli.anatomy_view import preset_table, unit_table
 
     console.print(unit_table(model, found))
+    if problem := found["weights_problem"]:
+        console.print(f"note: this is what the configuration says; {problem}")
     if origin := found["student_of"]:
         how = "taken to be" if origin["inferred"] else "a student by plan"
         console.print(f"{how} '{origin['plan']}', which lacks {', '.join(origin['removed']) or 'nothing'}")
@@ -147,8 +149,13 @@ def _select(folder: Path, keep: str, calibration: str, num_samples: int, macs: b
     from bkd.importance import select
 
     with progress_view() as view:
-        view.phase("scoring every removal")
-        selection = select(folder, keep, calibration, num_samples=num_samples, count_macs=macs, progress=view.update)
+
+        def progress(done: int, total: int) -> None:
+            if done == 0:
+                view.phase("scoring every removal")
+            view.update(done, total)
+
+        selection = select(folder, keep, calibration, num_samples=num_samples, count_macs=macs, progress=progress)
     show_selection(selection)
     return selection
 

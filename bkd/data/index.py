@@ -50,9 +50,7 @@ def index_shard(path: Path) -> list[Sample]:
         DataError: If the file is missing, compressed, truncated or not a tar, or holds no samples of image and caption.
     """
     if not path.is_file():
-        raise DataError(
-            "shard missing", where=path, remedy="check data.shards; brace patterns must match existing files"
-        )
+        raise DataError("shard missing", where=path, remedy="check the path; brace patterns must match existing files")
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for name, offset, size in _members(path):
         folder, _, base = name.rpartition("/")

@@ -70,7 +70,7 @@ def expand_shards(spec: str) -> list[Path]:
             "no shards found",
             where=spec,
             allowed="a .tar, a folder of them, a glob, or a brace pattern",
-            remedy="check data.shards",
+            remedy="check the path",
         )
     return sorted(set(found))
 

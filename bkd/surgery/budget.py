@@ -119,6 +119,8 @@ def parse_budget(keep: str, amounts: Amounts) -> int:
     if not found:
         allowed = "a share such as 0.65 or 65%, or a number such as 480M"
         raise SurgeryError("not a size", where="--keep", got=keep, allowed=allowed)
+    if re.fullmatch(r"[\d.]+", keep.strip()) and 1 < float(keep) <= 100:
+        raise SurgeryError("a size that can mean two things", where="--keep", got=keep, allowed=f"{keep}% or {keep}M")
     number, unit, total = float(found[1]), found[2].upper(), amounts.total
     share = number / 100 if unit == "%" else number
     left = round(share * total) if unit == "%" or (unit == "" and share <= 1) else round(number * MULTIPLES[unit])
