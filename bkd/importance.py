@@ -155,9 +155,10 @@ def write_importance(folder: Path, teacher: Path, selection: Selection) -> None:
 
 
 def _unit_scores(scores: Sequence[Score]) -> dict[Unit, float]:
-    """For each unit, the least change of a removal that takes it with at most one partner."""
+    """For each unit, the least change of a removal that takes it with at most one partner; a level with all of them."""
     found: dict[Unit, float] = {}
     for score in scores:
-        for unit in score.units if len(score.units) <= 2 else ():
+        levels = [unit for unit in score.units if unit.startswith("level.")]
+        for unit in levels or (score.units if len(score.units) <= 2 else ()):
             found[unit] = min(score.change, found.get(unit, score.change))
     return found

@@ -25,9 +25,10 @@ def diagram_svg(
         kept: What the student keeps.
         title: Above the drawing.
         subtitle: A second line.
-        scores: Unit -> output change; printed beneath its box.
+        scores: Unit -> output change; printed beneath its box, and for an attention the least of its transformer
+            layers'.
     """
-    height = TOP + ROW * (anatomy.num_levels + 1) + 28
+    height = TOP + ROW * (anatomy.num_levels + 1) + (42 if scores else 28)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" font-family="system-ui, sans-serif" font-size="10">',
@@ -36,7 +37,7 @@ def diagram_svg(
         _text(MARGIN, 44, subtitle, size=11),
         *_levels(anatomy, kept, scores or {}),
         *_mid(anatomy, kept, scores or {}),
-        *_legend(height - 14, bool(scores)),
+        *_legend(TOP + ROW * (anatomy.num_levels + 1) + 14, bool(scores)),
         "</svg>\n",
     ]
     return "\n".join(parts)
@@ -56,6 +57,7 @@ def _levels(anatomy: Anatomy, kept: Layout, scores: Mapping[Unit, float]) -> Ite
         yield from _block(right, y, f"up.{anatomy.up_index(level)}", up, ours[1], scores)
         label = f"level {level} · {anatomy.channels[level]} channels" + (" · removed" if gone else "")
         yield _text((left_end + right) / 2, middle - 5, label, anchor="middle", colour="#77776f")
+        yield from _score((left_end + right) / 2, middle + 13, f"level.{level}", scores, anchor="middle")
 
 
 def _block(x: float, y: float, name: str, whole: Block, kept: Block, scores: Mapping[Unit, float]) -> Iterator[str]:
@@ -67,8 +69,9 @@ def _block(x: float, y: float, name: str, whole: Block, kept: Block, scores: Map
             ours = kept.stack_of(layer) if stays and kept.stacks is not None else None
             yield _attention(x + RESNET, y, stack, ours)
         yield _text(x, y + HEIGHT + 11, unit, colour=TEXT if stays else "#9a9a92")
-        if unit in scores:
-            yield _text(x, y + HEIGHT + 22, f"{scores[unit]:.1g}", colour="#a3341f")
+        yield from _score(x, y + HEIGHT + 22, unit, scores)
+        if whole.stacks is not None:
+            yield from _least_score(x, y + HEIGHT + 33, f"{unit}.t", scores)
         x += LAYER
 
 
@@ -82,8 +85,21 @@ def _mid(anatomy: Anatomy, kept: Layout, scores: Mapping[Unit, float]) -> Iterat
         yield _attention(x + RESNET, y, whole.stack, ours.stack if ours is not None else None)
         stays = ours is not None and ours.stack is not None
         yield _box(x + RESNET + ATTENTION, y, RESNET, "R", "resnet", float(stays))
-    label = "mid" + (f"  {scores['mid']:.1g}" if "mid" in scores else "")
-    yield _text(x, y + HEIGHT + 11, label, colour=TEXT if ours is not None else "#9a9a92")
+    yield _text(x, y + HEIGHT + 11, "mid", colour=TEXT if ours is not None else "#9a9a92")
+    yield from _score(x, y + HEIGHT + 22, "mid", scores)
+    yield from _least_score(x, y + HEIGHT + 33, "mid.t", scores)
+
+
+def _score(x: float, y: float, unit: Unit, scores: Mapping[Unit, float], *, anchor: str = "start") -> Iterator[str]:
+    if unit in scores:
+        yield _text(x, y, f"{scores[unit]:.2g}", anchor=anchor, colour="#a3341f")
+
+
+def _least_score(x: float, y: float, prefix: str, scores: Mapping[Unit, float]) -> Iterator[str]:
+    """Of the transformer layers of one attention."""
+    found = [score for unit, score in scores.items() if unit.startswith(prefix)]
+    if found:
+        yield _text(x, y, f"{min(found):.2g}", colour="#b06000")
 
 
 def _attention(x: float, y: float, whole: Stack, kept: Stack | None) -> str:
@@ -105,7 +121,10 @@ def _box(x: float, y: float, width: int, label: str, kind: str, share: float) ->
 
 def _legend(y: float, scored: bool) -> Iterator[str]:
     words = "R resnet · A n attention with n transformer layers · filled: kept · dashed: removed · dotted: skips"
-    yield _text(MARGIN, y, words + (" · red: output change when removed" if scored else ""), colour="#77776f")
+    yield _text(MARGIN, y, words, colour="#77776f")
+    if scored:
+        more = "red: output change without the unit and its partner · orange: without one transformer layer"
+        yield _text(MARGIN, y + 13, more, colour="#77776f")
 
 
 def _text(
