@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from bkd.cost import UNetCost, unet_cost
-from bkd.errors import OutputError, SurgeryError
-from bkd.model_folder import model_digest, parts_of, prompt_length, read_json, unet_config
+from bkd.errors import SurgeryError
+from bkd.model_folder import model_digest, prompt_length, read_json, unet_config
 from bkd.models import load_unet
+from bkd.output_folder import check_output
 from bkd.proof import check_finite, check_reload, check_tensors, probe_output
-from bkd.run_folder import RunFolder
-from bkd.student_folder import new_student_folder, require_free
+from bkd.student_folder import new_student_folder
 from bkd.surgery.build import build_student
 from bkd.surgery.compatibility import compatibility_notes
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan
@@ -75,36 +75,6 @@ def with_cost(teacher: Path, plan: RemovalPlan) -> Pruning:
         after=unet_cost(config, plan, num_tokens=tokens),
         notes=compatibility_notes(config, plan),
     )
-
-
-def check_output(teacher: Path, output: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder that cannot be written, before any work is done.
-
-    Raises:
-        OutputError: If the folder is in use, belongs to a run, or has to do with the teacher's.
-    """
-    place, source = output.resolve(), teacher.resolve()
-    if source.is_relative_to(place):
-        raise OutputError("the output folder is or holds the teacher itself", where=output, remedy="choose another -o")
-    if place.is_relative_to(source):
-        raise OutputError("the output folder lies inside the teacher's", where=output, remedy="choose another -o")
-    if run := next((folder for folder in place.parents if RunFolder(folder).facts_file.is_file()), None):
-        raise OutputError("the output folder lies inside a run", where=output, got=run, remedy="choose another -o")
-    require_free(output, overwrite=overwrite, marker=PLAN_FILE)
-    if output.is_dir() and (foreign := _foreign(output)):
-        raise OutputError(
-            "the output folder holds more than an earlier student",
-            where=output,
-            got=", ".join(foreign),
-            remedy="move that away, or choose another -o",
-        )
-
-
-def _foreign(student: Path) -> list[str]:
-    """What somebody has put beside the files of a pruned student."""
-    index = student / "model_index.json"
-    ours = {index.name, *(parts_of(student) if index.is_file() else ())}
-    return sorted(path.name for path in student.iterdir() if path.name not in ours and not path.name.startswith("bkd_"))
 
 
 def prune(

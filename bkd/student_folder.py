@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,33 +18,6 @@ from bkd.proof import check_reload, probe_output
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"}
-
-
-def require_free(folder: Path, *, overwrite: bool, marker: str) -> None:
-    """Refuse to write over something.
-
-    Args:
-        folder: Where output is to go.
-        overwrite: Whether an earlier output of the same kind may be replaced.
-        marker: A file by which such an output is known; nothing else is ever replaced.
-
-    Raises:
-        OutputError: If the folder holds anything else, is a file, or cannot be written to.
-    """
-    if folder.is_file():
-        raise OutputError("the output folder is a file", where=folder, remedy="choose another -o")
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OutputError("nothing can be written there", where=there, got=f"-o {folder}", remedy="choose another -o")
-    replaceable = (folder / marker).is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not (overwrite and replaceable):
-        held = ", ".join(sorted(path.name for path in folder.iterdir())[:4])
-        raise OutputError(
-            f"the output folder holds {'an earlier output' if replaceable else 'something else'}",
-            where=folder,
-            got=held,
-            remedy="choose another -o" + (", or add --overwrite" if replaceable else ""),
-        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ LAYERS = [
     {"diffusion", "losses", "hooks", "rng", "surgery", "cost"},
     {"model_folder", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
     {"methods", "proof", "calibration"},
-    {"run_folder", "student_folder", "inspection", "prune", "importance", "lora"},
+    {"run_folder", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
     {"train", "checkpoint", "tracking", "eval"},
     {"run"},
     {"report"},
@@ -73,4 +73,19 @@ def test_only_the_command_line_prints(path):
 
 def test_help_does_not_load_torch():
     script = "import sys, bkd, bkd.cli.app; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("wish", [("--blocks", "foo"), ("--blocks", "mid", "-o", str(ROOT))])
+def test_a_wrong_wish_is_refused_before_anything_heavy_loads(wish):
+    script = f"""
+import sys
+from bkd.cli.app import app
+from bkd.errors import BkdError
+try:
+    app(["prune", "shapes", "--dry-run", *{wish}], standalone_mode=False)
+except BkdError:
+    sys.exit("torch" in sys.modules or "diffusers" in sys.modules)
+sys.exit("not refused")
+"""
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -62,11 +62,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Show the units of a model's UNet, which of them may go, and what each preset would leave."""
+    folder = _located(model, revision, config, weights=False)
     prepare()
     from bkd.inspection import inspect_model
     from bkd.locate import locate
 
-    folder = locate(model, revision=revision, config=config, weights=False)
     found = inspect_model(folder, locate(teacher, weights=False) if teacher else None)
     if as_json:
         console.print_json(data=found)
@@ -107,15 +107,13 @@ def prune(
 ) -> None:
     """Remove blocks from a model's UNet and write the student as a stock pipeline folder."""
     _check_options(blocks, keep, calibration, strict, macs, can_write=output is not None or dry_run)
+    folder = _located(teacher, revision, config, weights=keep is not None or not dry_run)
+    _check_wish(folder, blocks, strict, output, overwrite)
     prepare()
     from bkd.cli.anatomy_view import show_pruning, show_written
-    from bkd.locate import locate
-    from bkd.prune import check_output, plan_pruning, with_cost
+    from bkd.prune import plan_pruning, with_cost
     from bkd.prune import prune as write_pruned
 
-    folder = locate(teacher, revision=revision, config=config, weights=keep is not None or not dry_run)
-    if output is not None:
-        check_output(folder, output, overwrite=overwrite)
     selection = _select(folder, keep, calibration, calibration_samples, macs) if keep and calibration else None
     pruning = with_cost(folder, selection.plan) if selection else plan_pruning(folder, blocks or "", strict=strict)
     show_pruning(pruning)
@@ -142,6 +140,28 @@ def _check_options(
             raise typer.BadParameter("goes with --keep", param_hint=option)
     if keep is not None and calibration is None:
         raise typer.BadParameter("--keep needs captioned images to score with", param_hint="--calibration")
+
+
+def _located(model: str, revision: str | None, config: str | None, *, weights: bool) -> Path:
+    """The folder of a MODEL; nothing heavy loads for one that is already here."""
+    from bkd.data.shapes import EMBEDDED
+    from bkd.locate import locate
+
+    if config is not None or not (model == EMBEDDED or Path(model).exists()):
+        prepare()  # the Hub's and single files' importers load diffusers
+    return locate(model, revision=revision, config=config, weights=weights)
+
+
+def _check_wish(folder: Path, blocks: str | None, strict: bool, output: Path | None, overwrite: bool) -> None:
+    """Say what is wrong with a wish before the libraries that would fulfil it are loaded."""
+    from bkd.model_folder import unet_config
+    from bkd.output_folder import check_output
+    from bkd.surgery.unet import plan_removal
+
+    if output is not None:
+        check_output(folder, output, overwrite=overwrite)
+    if blocks is not None:
+        plan_removal(unet_config(folder), blocks, strict=strict)
 
 
 def _select(folder: Path, keep: str, calibration: str, num_samples: int, macs: bool) -> Selection:

@@ -11,8 +11,8 @@ from bkd.data.shapes import EMBEDDED
 from bkd.eval.generate import generate
 from bkd.locate import locate
 from bkd.models import best_device, load_pipeline
+from bkd.output_folder import require_free
 from bkd.run_folder import RunFolder
-from bkd.student_folder import require_free
 
 EMBEDDED_DRAWING = (20, 3.0)
 USUAL_DRAWING = (25, 7.5)
