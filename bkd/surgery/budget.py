@@ -38,7 +38,12 @@ class Amounts:
         return sum(self.whole.values())
 
     def saved(self, anatomy: Anatomy, units: Sequence[Unit]) -> int:
-        """How much less a student has that lacks just these; negative where what stays grows by more than what goes."""
+        """How much less a student has that lacks just these; negative where what stays grows by more than what goes.
+
+        Args:
+            anatomy: The teacher's.
+            units: May overlap; of the levels, the innermost at most.
+        """
         is_shallow = f"level.{anatomy.num_levels - 1}" in units
         here = self.shallow if is_shallow else self.whole
         return self.total - sum(here.values()) + amount_within(anatomy, units, here)
@@ -69,7 +74,7 @@ class CostMap:
         return UNetCost(self.parameters.total, self.macs.total, self.macs_without_attention.total)
 
     def without(self, anatomy: Anatomy, units: Sequence[Unit]) -> UNetCost:
-        """A student's that lacks just these units."""
+        """A student's that lacks just these units; see `Amounts.saved`."""
         measures = (self.parameters, self.macs, self.macs_without_attention)
         return UNetCost(*(amounts.total - amounts.saved(anatomy, units) for amounts in measures))
 
