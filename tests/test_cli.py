@@ -153,7 +153,7 @@ def test_sampling_writes_numbered_pictures(bkd, tmp_path):
     assert bkd(*arguments)[0] == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "prompts.txt"]
     code, printed = bkd(*arguments)
-    assert code == 1 and "holds something else" in printed
+    assert code == 1 and "holds an earlier output" in printed and "--overwrite" in printed
 
 
 def test_dry_runs_write_nothing(bkd, tmp_path, monkeypatch, shards):

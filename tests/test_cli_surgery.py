@@ -56,7 +56,7 @@ def test_a_dry_run_shows_partners_and_cost(bkd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, printed = bkd("prune", "shapes", "--blocks", "down.1.1,mid.attn", "-o", "out", "--dry-run")
     assert code == 0 and "removed: down.1.1, mid.attn" in printed
-    assert "no stock configuration lacks one alone: up.2.1" in printed
+    assert "a stock configuration lacks both or neither: up.2.1" in printed
     assert "5,523,876" in printed and "4,753,508" in printed and "ControlNets do not fit" in printed
     code, printed = bkd("prune", "shapes", "--blocks", "down.1.1", "--strict", "--dry-run")
     assert code == 1 and "partners needed: up.2.1" in printed
