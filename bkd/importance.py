@@ -124,7 +124,8 @@ def select(
 
 
 def _score(anatomy: Anatomy, costs: CostMap, units: tuple[Unit, ...], change: float) -> Score:
-    return Score(units, costs.parameters.saved(anatomy, units), costs.macs.saved(anatomy, units), change)
+    saved = costs.saved(anatomy, units)
+    return Score(units, saved.parameters, saved.macs, change)
 
 
 def _output_change(change: OutputChange, anatomy: Anatomy, units: tuple[Unit, ...]) -> float:

@@ -104,9 +104,7 @@ def _removal(anatomy: Anatomy, costs: CostMap, unit: Unit) -> dict[str, Any]:
     except SurgeryError as refused:
         reason = str(refused.got if refused.got and refused.got != unit else refused.what)
         return {"partners": [], "saved": None, "reason": reason}
-    before, after = asdict(costs.total()), asdict(costs.without(anatomy, plan.removed))
-    saved = {measure: before[measure] - after[measure] for measure in before}
-    return {"partners": list(plan.partners), "saved": saved, "reason": None}
+    return {"partners": list(plan.partners), "saved": asdict(costs.saved(anatomy, plan.removed)), "reason": None}
 
 
 def _preset(anatomy: Anatomy, costs: CostMap, name: str) -> dict[str, Any]:

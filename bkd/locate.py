@@ -21,6 +21,11 @@ FORMS = (
 )
 
 
+def is_folder(name: str | Path) -> bool:
+    """Whether a MODEL argument means a folder on this disk, with nothing to fetch or to take apart."""
+    return str(name) == EMBEDDED or Path(name).expanduser().is_dir()
+
+
 def locate(
     name: str | Path, *, revision: str | None = None, config: str | Path | None = None, weights: bool = True
 ) -> Path:
@@ -37,7 +42,7 @@ def locate(
         ModelError: If there is no such model, or a part of it is missing.
     """
     path = Path(name).expanduser()
-    is_single_file = path.suffix in SINGLE_FILE_SUFFIXES and not path.is_dir()
+    is_single_file = path.suffix in SINGLE_FILE_SUFFIXES and not is_folder(name)
     if config is not None and not is_single_file:
         raise ModelError("--config is for single files", where=path, got=config, remedy="leave it out")
     if str(name) == EMBEDDED:
@@ -48,7 +53,7 @@ def locate(
         return _single_file(path, config, weights)
     if (path / "run.json").is_file() and not (path / "model_index.json").is_file():
         path = _student_of(path)
-    elif not path.is_dir():
+    elif not is_folder(name):
         # Configurations first: what is not supported is not downloaded.
         check_pipeline_folder(_download(str(name), revision, weights=False), weights=False)
         path = _download(str(name), revision, weights)

@@ -24,7 +24,6 @@ from bkd.surgery.plan import Lineage
 UNET = "unet"
 ORIGINAL_LAYOUT = SimpleNamespace(layers_per_block=2)
 """Files with block numbers of the original layout count as whole teachers do, whatever the student has left."""
-
 OTHER_ADAPTERS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -69,6 +68,7 @@ def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, ove
     tensors = _read(lora)
     shapes = {key.removesuffix(".weight"): p.shape for key, p in build_empty(unet_config(student)).named_parameters()}
     homes = {lineage.source_of(module): module for module in shapes}
+    removed = tuple(f"{module}." for module in lineage.removed_modules())
     carried, lost, unknown = {}, [], []
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
@@ -78,7 +78,7 @@ def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, ove
         elif module in homes:
             _check_shape(lora, key, tensor, shapes[homes[module]])
             carried[f"{UNET}.{homes[module]}.lora_{suffix}"] = tensor
-        elif f"{module}.".startswith(tuple(f"{gone}." for gone in lineage.removed_modules())):
+        elif f"{module}.".startswith(removed):
             lost.append(key)
         else:
             unknown.append(key)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,13 +17,12 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the dtypes in which models are stored."""
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in the UNet's files of a pipeline folder."""
-    stored: dict[str, tuple[int, ...]] = {}
+def _stored(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(name, what the header says of it) for every tensor in the UNet's files."""
     for path in weight_files(folder / "unet"):
         with safe_open(path, framework="pt") as file:
-            stored |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
-    return stored
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                yield key, file.get_slice(key)
 
 
 def check_unet_weights(folder: Path) -> tuple[str, ...]:
@@ -35,7 +36,7 @@ def check_unet_weights(folder: Path) -> tuple[str, ...]:
     Raises:
         ModelError: If a tensor is missing or has another shape.
     """
-    stored = stored_shapes(folder)
+    stored = {key: tuple(tensor.get_shape()) for key, tensor in _stored(folder)}
     described = {key: tuple(tensor.shape) for key, tensor in build_empty(unet_config(folder)).state_dict().items()}
     wrong = [key for key, shape in described.items() if stored.get(key) != shape]
     if wrong:
@@ -62,8 +63,5 @@ def weights_problem(folder: Path) -> str | None:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype in which the UNet lies on disk, so that a pruned copy can keep it; float32 where it has several."""
-    found = set()
-    for path in weight_files(folder / "unet"):
-        with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - not a dict
+    found = {tensor.get_dtype() for _, tensor in _stored(folder)}
     return DTYPES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32

@@ -1,6 +1,7 @@
 """Rules of the house: imports go down only, rooms stay small, and nothing heavy loads before it is needed."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,11 @@ except BkdError:
 sys.exit("not refused")
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("columns", "width"), [("90", 90), ("abc", 120), ("", 120)])
+def test_tables_in_a_pipe_heed_columns_where_it_is_a_number(columns, width):
+    script = "from bkd.cli.console import console; print(console.width)"
+    environment = {**os.environ, "COLUMNS": columns}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert int(found.stdout) == width

@@ -136,6 +136,9 @@ def test_what_is_no_lora_of_this_teacher_is_refused(adapted, tiny, tmp_path):
     with pytest.raises(ModelError, match=r"this file cannot be read(.|\n)*download it again"):
         remap_lora(tmp_path / "half.safetensors", tiny, plan, out)
     save_file({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.zeros(2, 2)}, tmp_path / "loha.safetensors")
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.zeros(2)}, tmp_path / "dora.safetensors")
+    with pytest.raises(ModelError, match="this is a DoRA, not a LoRA"):
+        remap_lora(tmp_path / "dora.safetensors", tiny, plan, out)
     names = [f"lora_unet_input_blocks_0_attentions_{number}_proj_in" for number in range(2)]
     sides = {"lora_down": (2, 32, 1, 1), "lora_up": (32, 2, 1, 1)}
     same = {f"{name}.{side}.weight": torch.zeros(shape) for name in names for side, shape in sides.items()}

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 LOG_WIDTH = 120
 """Columns for tables that go to a file or a pipe."""
 console = Console(highlight=False, markup=False)
-if not console.is_terminal:
-    console.width = int(os.environ.get("COLUMNS") or LOG_WIDTH)
+if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():  # rich heeds COLUMNS itself
+    console.width = LOG_WIDTH
 _errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -144,10 +144,9 @@ def _check_options(
 
 def _located(model: str, revision: str | None, config: str | None, *, weights: bool) -> Path:
     """The folder of a MODEL; nothing heavy loads for one that is already here."""
-    from bkd.data.shapes import EMBEDDED
-    from bkd.locate import locate
+    from bkd.locate import is_folder, locate
 
-    if config is not None or not (model == EMBEDDED or Path(model).exists()):
+    if not is_folder(model):
         prepare()  # the Hub's and single files' importers load diffusers
     return locate(model, revision=revision, config=config, weights=weights)
 

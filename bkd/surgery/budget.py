@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from bkd.cost import FlopCounts, UNetCost, count_flops, macs_by_module
@@ -73,10 +73,15 @@ class CostMap:
         """The teacher's."""
         return UNetCost(self.parameters.total, self.macs.total, self.macs_without_attention.total)
 
-    def without(self, anatomy: Anatomy, units: Sequence[Unit]) -> UNetCost:
-        """A student's that lacks just these units; see `Amounts.saved`."""
+    def saved(self, anatomy: Anatomy, units: Sequence[Unit]) -> UNetCost:
+        """How much less a student costs that lacks just these units; see `Amounts.saved`."""
         measures = (self.parameters, self.macs, self.macs_without_attention)
-        return UNetCost(*(amounts.total - amounts.saved(anatomy, units) for amounts in measures))
+        return UNetCost(*(amounts.saved(anatomy, units) for amounts in measures))
+
+    def without(self, anatomy: Anatomy, units: Sequence[Unit]) -> UNetCost:
+        """What a student costs that lacks just these units."""
+        total, saved = astuple(self.total()), astuple(self.saved(anatomy, units))
+        return UNetCost(*(whole - gone for whole, gone in zip(total, saved, strict=True)))
 
 
 def cost_map(config: dict[str, Any], *, num_tokens: int = 77) -> CostMap:
@@ -124,9 +129,9 @@ def parse_budget(keep: str, amounts: Amounts) -> int:
     if not found:
         allowed = "a share such as 0.65 or 65%, or a number such as 480M"
         raise SurgeryError("not a size", where="--keep", got=keep, allowed=allowed)
-    if re.fullmatch(r"[\d.]+", keep.strip()) and 1 < float(keep) <= 100:
-        raise SurgeryError("a size that can mean two things", where="--keep", got=keep, allowed=f"{keep}% or {keep}M")
     number, unit, total = float(found[1]), found[2].upper(), amounts.total
+    if unit == "" and 1 < number <= 100:
+        raise SurgeryError("a size that can mean two things", where="--keep", got=keep, allowed=f"{keep}% or {keep}M")
     share = number / 100 if unit == "%" else number
     left = round(share * total) if unit == "%" or (unit == "" and share <= 1) else round(number * MULTIPLES[unit])
     if not 0 < left < total:
