@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bkd.data.cache import decoded_samples
+from bkd.data.captions import CaptionSource
 from bkd.data.images import images_at_once, to_model_range
-from bkd.data.index import index_shard
+from bkd.data.reading import DecodedSample, decoded_samples
+from bkd.data.sources import Source
+from bkd.data.survey import DataWish
 from bkd.errors import DataError, ModelError
+from bkd.files import cache_folder
 from bkd.model_folder import is_inpainting, is_sdxl, native_resolution, unet_config
 from bkd.models import load_noise_schedule
 from bkd.rng import StepRng
@@ -35,13 +40,13 @@ def check_calibratable(folder: Path) -> None:
 
 
 @torch.no_grad()
-def calibration_batches(folder: Path, pipe: Any, shards: list[Path], num_samples: int) -> list[dict[str, Tensor]]:
+def calibration_batches(folder: Path, pipe: Any, shards: list[Source], num_samples: int) -> list[dict[str, Tensor]]:
     """UNet inputs for the first usable samples of the shards.
 
     Args:
         folder: The pipeline's folder.
         pipe: Loaded, frozen; Stable Diffusion or SDXL.
-        shards: Tars of images with captions.
+        shards: Of images with captions.
         num_samples: How many samples to take; fewer where there are fewer.
 
     Returns:
@@ -51,12 +56,11 @@ def calibration_batches(folder: Path, pipe: Any, shards: list[Path], num_samples
         DataError: If no sample can be used.
     """
     resolution = native_resolution(folder)
-    samples = chain.from_iterable(map(index_shard, shards))
-    usable = list(islice(decoded_samples(samples, resolution, bad=[]), num_samples))
+    usable = list(islice(_usable_samples(shards, resolution), num_samples))
     if not usable:
         raise DataError(
             "no sample of the calibration shards can be used",
-            where=shards[0],
+            where=shards[0].name,
             allowed="images (jpg, png, webp) with captions (txt)",
             remedy="give other shards: --calibration SHARDS",
         )
@@ -68,14 +72,23 @@ def calibration_batches(folder: Path, pipe: Any, shards: list[Path], num_samples
     batches = []
     for start in range(0, len(usable), size):
         chunk, positions = usable[start : start + size], range(start, min(start + size, len(usable)))
-        images = to_model_range(torch.stack([pixels for pixels, _ in chunk])).to(pipe.device, pipe.vae.dtype)
+        images = to_model_range(torch.stack([item.image.pixels for item in chunk])).to(pipe.device, pipe.vae.dtype)
         latents = pipe.vae.encode(images).latent_dist.mean.float().cpu() * pipe.vae.config.scaling_factor
         noise = StepRng(0, 0, positions).normal("noise", latents.shape[1:])
         noisy = schedule.add_noise(latents, noise, timesteps[start : start + size])
-        inputs = {"sample": noisy, **_conditions(pipe, [caption for _, caption in chunk], resolution)}
+        inputs = {"sample": noisy, **_conditions(pipe, [item.caption for item in chunk], resolution)}
         floats = {name: tensor.to(pipe.device, pipe.unet.dtype) for name, tensor in inputs.items()}
         batches.append({**floats, "timestep": timesteps[start : start + size].to(pipe.device)})
     return batches
+
+
+def _usable_samples(shards: list[Source], resolution: int) -> Iterator[DecodedSample]:
+    wish = DataWish(CaptionSource(), (), cache_folder())
+    for shard in shards:
+        with shard.hold() as path:
+            selection = wish.select(path)
+            samples = selection.index.samples(selection.rows.tolist())
+            yield from decoded_samples(samples, resolution, wish.caption, bad=Counter())
 
 
 def _conditions(pipe: Any, captions: list[str], resolution: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from bkd.calibration import calibration_batches, check_calibratable
-from bkd.data.shapes_shards import find_shards
+from bkd.data.shapes_shards import find_sources
 from bkd.files import cache_folder
 from bkd.model_folder import prompt_length, unet_config
 from bkd.models import best_device, load_pipeline
@@ -102,7 +102,7 @@ def select(
     limit = parse_budget(keep, amounts)
     removals = scorable_removals(anatomy)
     choose(anatomy, dict.fromkeys(removals, 0.0), amounts, limit)  # can it be met at all?
-    shards = find_shards(calibration, cache_folder())
+    shards = find_sources(calibration, cache_folder())
     pipe = load_pipeline(folder, device=best_device())
     change = OutputChange(pipe.unet, calibration_batches(folder, pipe, shards, num_samples))
     scores: dict[tuple[Unit, ...], float] = {}

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from bkd.data.cache import LatentSet, cache_latents
-from bkd.data.index import Sample, index_shard
-from bkd.data.shapes_shards import find_shards
+from bkd.caching import Caching, ensure_latents, plan_caching
+from bkd.data.latent_set import LatentSet
 from bkd.errors import ModelError, RecipeError
 from bkd.eval.pictures import save_pairs
 from bkd.files import cache_folder
@@ -59,16 +58,20 @@ class Inputs:
     Attributes:
         teacher: Its pipeline folder.
         plans: One for each stage.
-        shards: The samples of each shard.
+        caching: The images and captions.
     """
 
     teacher: Path
     plans: tuple[RemovalPlan, ...]
-    shards: tuple[list[Sample], ...]
+    caching: Caching
 
 
-def check_inputs(recipe: Recipe) -> Inputs:
+def check_inputs(recipe: Recipe, progress: Callable[[int, int], None] = lambda done, total: None) -> Inputs:
     """Find everything that can be wrong with a recipe's inputs before anything is written into the run folder.
+
+    Args:
+        recipe: As validated.
+        progress: Called with (done, total) shards.
 
     Raises:
         BkdError: If the teacher, a plan, the shards or the resolution do not fit.
@@ -93,8 +96,17 @@ def check_inputs(recipe: Recipe) -> Inputs:
             remedy="train.mixed_precision=no",
         )
     plans = tuple(plan_removal(unet_config(teacher), stage.student.blocks) for stage in recipe.stages)
-    shards = find_shards(recipe.data.shards, _cache(recipe))
-    return Inputs(teacher, plans, tuple(map(index_shard, shards)))
+    caching = plan_caching(
+        recipe.data.shards,
+        teacher,
+        resolution=resolution,
+        cache=_cache(recipe),
+        caption=recipe.data.caption,
+        filters=recipe.data.filters,
+        mirrored=recipe.data.mirror,
+        progress=progress,
+    )
+    return Inputs(teacher, plans, caching)
 
 
 def _check_trainable(recipe: Recipe, teacher: Path) -> None:
@@ -133,21 +145,18 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
     run.record(device=_describe(device), num_threads=torch.get_num_threads(), teacher=recipe.teacher.id)
     listener.phase("loading the teacher")
     pipe = load_pipeline(inputs.teacher, device=device)
-    listener.phase(f"caching latents of {sum(map(len, inputs.shards)):,} images")
-    data = cache_latents(
-        inputs.shards,
-        vae=pipe.vae,
-        tokenizer=pipe.tokenizer,
-        model_digest=model_digest(inputs.teacher, ["vae", "tokenizer"]),
-        resolution=native_resolution(inputs.teacher),
-        cache=_cache(recipe),
-        progress=listener.progress,
-    )
+    listener.phase(f"caching latents of {_counted(inputs.caching.num_samples)}")
+    ensure_latents(inputs.caching, pipe, progress=listener.progress)
+    data = LatentSet(inputs.caching.folder, _cache(recipe))
     run.require_same("data_fingerprint", data.fingerprint)
-    run.record(num_samples=len(data), num_skipped=data.num_skipped)
+    run.record(num_samples=len(data), left_out=dict(data.left_out), bad_samples=dict(data.bad))
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
         _run_stage(recipe, run, number, stage, plan, pipe, data, inputs.teacher, listener)
     run.record(status="done")
+
+
+def _counted(num_samples: int | None) -> str:
+    return "remote shards" if num_samples is None else f"{num_samples:,} images"
 
 
 def _run_stage(
@@ -195,6 +204,7 @@ def _run_stage(
         data,
         recipe.train,
         seed=recipe.seed,
+        mirror=recipe.data.mirror,
         checkpoints=run.checkpoints(number),
         on_step=on_step,
         on_resume=on_resume,

@@ -6,21 +6,21 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bkd.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
-from bkd.data.order import batch_indices
+from bkd.data.ahead import map_ahead
+from bkd.data.latent_set import CachedBatch, LatentSet
 from bkd.errors import TrainingError
 from bkd.losses import LossTerms
 from bkd.methods.base import Batch, Method
@@ -28,13 +28,8 @@ from bkd.models import best_device
 from bkd.recipe.schema import Train
 from bkd.rng import StepRng
 
-
-class Dataset(Protocol):
-    """What the loop draws batches from; `bkd.data.cache.LatentSet` is one."""
-
-    def __len__(self) -> int: ...
-
-    def gather(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]: ...
+PASSES_AHEAD = 4
+"""Batches read while earlier ones are trained on."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +96,7 @@ class Fit:
         data: Cached samples.
         train: Settings.
         seed: Of data order and every random draw.
+        mirror: Whether every other draw of an image is mirrored.
         checkpoints: Folder of this stage's checkpoints.
         on_step: Called after each optimizer step, on the main process.
         on_resume: Called once with the number of steps already done, before the first new one.
@@ -109,15 +105,17 @@ class Fit:
     def __init__(
         self,
         method: Method,
-        data: Dataset,
+        data: LatentSet,
         train: Train,
         *,
         seed: int,
+        mirror: bool = False,
         checkpoints: Path,
         on_step: Callable[[StepReport], None],
         on_resume: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._method, self._data, self._train, self._seed = method, data, train, seed
+        self._order, self._mirror = data.order(seed), mirror
         self._checkpoints, self._on_step, self._on_resume = checkpoints, on_step, on_resume
         cpu = best_device().type == "cpu"
         self._accelerator = Accelerator(mixed_precision=train.mixed_precision, cpu=cpu)
@@ -139,9 +137,10 @@ class Fit:
         first = self._resume()
         self._on_resume(first)
         self._method.trainable.train()
-        with StopSignal() as stop:
+        passes = ((step, n) for step in range(first, self._train.max_steps) for n in range(self._train.grad_accum))
+        with StopSignal() as stop, closing(map_ahead(self._load, passes, workers=1, ahead=PASSES_AHEAD)) as loaded:
             for step in range(first, self._train.max_steps):
-                report = self._step(step)
+                report = self._step(step, loaded)
                 done = step + 1
                 if self._accelerator.is_main_process:
                     self._on_step(report)
@@ -168,15 +167,15 @@ class Fit:
         finally:
             self._ema.restore(self._parameters.values())
 
-    def _step(self, step: int) -> StepReport:
+    def _step(self, step: int, loaded: Iterator[tuple[CachedBatch, StepRng]]) -> StepReport:
         started = time.perf_counter()
         lr = learning_rate(self._train, step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         num_passes = self._train.grad_accum
         losses = []
-        for number in range(num_passes):
-            batch, rng = self._part(step, number)
+        for cached, rng in islice(loaded, num_passes):
+            batch = Batch.of(cached, self._accelerator.device)
             with self._accelerator.autocast():
                 terms = self._method.loss(batch, rng)
             self._accelerator.backward(terms.total / num_passes)
@@ -202,15 +201,16 @@ class Fit:
                 remedy="lower train.lr or raise train.warmup_steps; checkpoints up to here are kept",
             )
 
-    def _part(self, step: int, number: int) -> tuple[Batch, StepRng]:
-        """This process's share of pass `number` of the step's global batch."""
+    def _load(self, place: tuple[int, int]) -> tuple[CachedBatch, StepRng]:
+        """This process's share of one pass of a step's global batch, and its random numbers."""
+        step, number = place
         train, world = self._train, self._accelerator.num_processes
-        indices = batch_indices(step, batch=train.batch, num_samples=len(self._data), seed=self._seed)
+        indices = self._order.batch(step, train.batch)
         shares = np.array_split(np.arange(train.batch), train.grad_accum * world)
         positions = shares[number * world + self._accelerator.process_index]
-        moments, token_ids = self._data.gather(indices[positions])
-        device = self._accelerator.device
-        return Batch(moments.to(device), token_ids.to(device)), StepRng(self._seed, step, positions.tolist())
+        rng = StepRng(self._seed, step, positions.tolist())
+        mirror = (rng.uniform("mirror") < 0.5).tolist() if self._mirror else None
+        return self._data.gather(indices[positions], mirror), rng
 
     def _mean(self, losses: list[LossTerms]) -> tuple[dict[str, float], float]:
         names = list(losses[0].parts)

@@ -15,7 +15,7 @@ LAYERS = [
     {"bkd", "errors", "environment", "files"},
     {"diffusion", "losses", "hooks", "rng", "surgery", "cost"},
     {"model_folder", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
-    {"methods", "proof", "calibration"},
+    {"methods", "proof", "calibration", "caching"},
     {"run_folder", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
     {"train", "checkpoint", "tracking", "eval"},
     {"run"},

@@ -25,8 +25,8 @@ from tests.test_data import cached
 
 
 @pytest.fixture(scope="module")
-def data(teacher, shards, tmp_path_factory):
-    return cached(teacher, shards, tmp_path_factory.mktemp("latents"))
+def data(teacher, teacher_folder, shards, tmp_path_factory):
+    return cached(teacher, teacher_folder, shards[0].parent, tmp_path_factory.mktemp("latents"))
 
 
 def kd(teacher, teacher_folder, preset="sd-tiny", weights=None, sites="block"):
@@ -54,7 +54,7 @@ def fit(method, data, folder, on_step=lambda report: None, **settings):
 
 
 def one_batch(data, step=0):
-    return Batch(*data.gather(np.arange(8))), StepRng(0, step, range(8))
+    return Batch.of(data.gather(np.arange(8)), torch.device("cpu")), StepRng(0, step, range(8))
 
 
 def test_an_identical_student_has_nothing_to_learn_from_its_teacher(teacher, teacher_folder, data):

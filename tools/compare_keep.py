@@ -20,7 +20,7 @@ from typing import Any
 from bkd.calibration import calibration_batches
 from bkd.data.shapes import EMBEDDED, scenes
 from bkd.data.shapes_checker import check
-from bkd.data.shapes_shards import find_shards
+from bkd.data.shapes_shards import find_sources
 from bkd.eval.generate import generate
 from bkd.eval.pictures import with_unet
 from bkd.eval.statistics import proportion
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num-prompts", type=int, default=500)
     args = parser.parse_args()
-    teacher, shards = locate(EMBEDDED), find_shards(EMBEDDED, cache_folder())
+    teacher, shards = locate(EMBEDDED), find_sources(EMBEDDED, cache_folder())
     pipe = load_pipeline(teacher)
     change = OutputChange(pipe.unet, calibration_batches(teacher, pipe, shards, NUM_CALIBRATION))
     prompts = [scene.caption for scene in scenes("test", args.num_prompts)]

@@ -46,7 +46,8 @@ def _show(recipe: Recipe) -> None:
     inputs = check_inputs(recipe)
     console.print(dump_recipe(recipe))
     steps = recipe.train.max_steps
-    console.print(f"data: {sum(map(len, inputs.shards)):,} samples")
+    num_samples = inputs.caching.num_samples
+    console.print("data: remote shards" if num_samples is None else f"data: {num_samples:,} samples")
     console.print(f"{steps:,} steps of {recipe.train.batch} images: {steps * recipe.train.batch:,} images")
     config = unet_config(inputs.teacher)
     for stage, plan in zip(recipe.stages, inputs.plans, strict=True):

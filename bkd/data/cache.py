@@ -1,4 +1,4 @@
-"""Latents and token ids of a data set, computed once.
+"""Encode a data set once: latents and token ids in cached shards, one for each source shard.
 
 The autoencoder costs about a third of a distillation step at 512 px, so its output is stored: mean and
 deviation, not a sample, so that every epoch can draw a fresh one. Text encoding is cheap and stays in the loop.
@@ -6,180 +6,192 @@ deviation, not a sample, so that every epoch can draw a fresh one. Text encoding
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from diffusers import AutoencoderKL
-from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from bkd.data.images import decode_image, images_at_once, to_model_range
-from bkd.data.index import Sample
-from bkd.errors import DataError
+from bkd.data.captions import CaptionSource
+from bkd.data.filters import Selection
+from bkd.data.images import images_at_once
+from bkd.data.indexing import index_shard
+from bkd.data.latent_encoder import LatentEncoder
+from bkd.data.latent_shards import (
+    DATASET_FILE,
+    LatentDescription,
+    read_description,
+    require_same_settings,
+    to_record,
+)
+from bkd.data.metadata import parse_metadata
+from bkd.data.reading import MAX_BAD_FRACTION, DecodedSample, check_bad_fraction, decoded_samples
+from bkd.data.shards import Record, sample_key, shard_name, write_shard
+from bkd.data.stats import shard_stats
+from bkd.data.survey import DataWish, SurveyedShard
+from bkd.errors import DataError, OutputError
 from bkd.files import write_atomically
 
-CACHE_VERSION = 2
-MAX_BAD_FRACTION = 0.1
 MAX_BATCH = 64
+SMALL_MEMBERS = 6 << 10
+"""Bytes of a cached sample besides its moments, tar headers included."""
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
-@dataclass(frozen=True)
-class LatentSet:
-    """A cached data set, memory-mapped when it is read.
-
-    Attributes:
-        parts: Per shard, the stem of its files: `<stem>.moments.npy`, (N_s, 2C, h, w), float16, posterior mean, then
-            deviation, before the scaling factor; `<stem>.ids.npy`, (N_s, L), int32, token ids.
-        counts: Per shard, N_s.
-        fingerprint: Changes with the shards, the autoencoder, the tokenizer or the resolution.
-        num_skipped: Samples left out because their image could not be decoded.
-    """
-
-    parts: tuple[Path, ...]
-    counts: tuple[int, ...]
-    fingerprint: str
-    num_skipped: int
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    def gather(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Moments (B, 2C, h, w), float32, and token ids (B, L), int64, of the samples with these numbers."""
-        starts = np.cumsum([0, *self.counts])
-        shards = np.searchsorted(starts, indices, side="right") - 1
-        rows = [_open(self.parts[shard]) for shard in shards], indices - starts[shards]
-        moments = np.stack([part[0][row] for part, row in zip(*rows, strict=True)])
-        ids = np.stack([part[1][row] for part, row in zip(*rows, strict=True)])
-        return torch.from_numpy(moments).float(), torch.from_numpy(ids).long()
-
-
-@lru_cache(maxsize=64)  # every open map holds a file descriptor, of which a process has few
-def _open(stem: Path) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
-    return np.load(f"{stem}.moments.npy", mmap_mode="r"), np.load(f"{stem}.ids.npy", mmap_mode="r")
-
-
 def cache_latents(
-    shards: Sequence[Sequence[Sample]],
+    shards: Sequence[SurveyedShard],
+    wish: DataWish,
+    encoder: LatentEncoder,
+    folder: Path,
     *,
-    vae: AutoencoderKL,
-    tokenizer: PreTrainedTokenizerBase,
-    model_digest: str,
-    resolution: int,
-    cache: Path,
+    rank: int = 0,
+    world_size: int = 1,
     progress: Progress = lambda done, total: None,
-) -> LatentSet:
-    """Encode every usable sample, or find that it was done before.
+) -> LatentDescription:
+    """Encode every wanted sample that has not been encoded yet.
 
-    One output file per shard: an interrupted pass continues.
+    Shard n becomes `folder/<n>.tar`, whole or not at all, and is left alone when it is there: an interrupted pass
+    continues, and a second one does nothing. The same shards give the same bytes.
 
     Args:
-        shards: The samples of each, as `index_shard` gives them.
-        vae: Frozen, in eval mode; runs on its own device in its own dtype.
-        tokenizer: Pads to its `model_max_length`.
-        model_digest: Names autoencoder and tokenizer; part of the fingerprint.
-        resolution: Side of the images, in pixels.
-        cache: Folder for things that can be made again.
+        shards: As surveyed.
+        wish: With which they were.
+        encoder: Of the teacher that is to be distilled.
+        folder: Output; may hold an unfinished pass over the same samples.
+        rank: Of this process: it does every `world_size`-th shard.
+        world_size: Processes that share the work.
+        progress: Called with samples of this process's share; the total is an estimate where shards are remote.
 
     Raises:
-        DataError: If more than a tenth of a shard's images cannot be decoded.
+        DataError: If too many samples of a shard are bad, the disk is too small, or the folder holds other latents.
     """
-    fingerprint = _fingerprint(shards, model_digest, resolution)
-    folder = cache / "latents" / fingerprint[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    total = sum(len(samples) for samples in shards)
-    parts = [folder / f"{number:05d}" for number in range(len(shards))]
-    done = 0
-    for stem, samples in zip(parts, shards, strict=True):
-        if not stem.with_suffix(".json").is_file():
-            _encode_shard(stem, samples, vae, tokenizer, resolution, partial(_ahead, progress, done, total))
-        done += len(samples)
-        progress(done, total)
-    facts = [json.loads(stem.with_suffix(".json").read_text()) for stem in parts]
-    return LatentSet(
-        tuple(parts), tuple(f["count"] for f in facts), fingerprint, num_skipped=sum(f["skipped"] for f in facts)
-    )
+    description = LatentDescription(encoder.settings, tuple(shard.described() for shard in shards))
+    _open_folder(folder, description)
+    paths = [folder / shard_name(number) for number in range(len(shards))]
+    mine = list(zip(paths, shards, strict=True))[rank::world_size]
+    todo = [(path, shard) for path, shard in mine if not is_finished(path, description)]
+    _check_space(folder, encoder, sum(shard.num_selected or 0 for _, shard in todo))
+    counts = {path: shard.num_selected for path, shard in mine}
+    done = sum(counts[path] or 0 for path in counts if is_finished(path, description))
+    for path, shard in todo:
+        with shard.source.hold() as held:
+            selection = wish.select(held)
+            counts[path] = len(selection)
+            report = partial(_report, progress, done, _estimate(list(counts.values())))
+            _cache_shard(path, selection, wish.caption, encoder, description, report)
+        done += len(selection)
+        index_shard(path, wish.cache)  # now, while its bytes are in memory
+    progress(done, done)
+    return description
 
 
-def _ahead(progress: Progress, before: int, total: int, done: int) -> None:
+def _report(progress: Progress, before: int, total: int, done: int) -> None:
     progress(before + done, total)
 
 
-def _fingerprint(shards: Sequence[Sequence[Sample]], model_digest: str, resolution: int) -> str:
-    digest = hashlib.sha256(f"{CACHE_VERSION}/{model_digest}/{resolution}".encode())
-    for samples in shards:
-        # Every member's name and size, not its bytes: hashing a terabyte would take longer than encoding it.
-        digest.update(repr([(s.key, sorted(s.members.items())) for s in samples]).encode())
-        digest.update(samples[0].read("txt") + samples[-1].read("txt"))
-    return digest.hexdigest()
+def _estimate(counts: Sequence[int | None]) -> int:
+    """Samples in all shards; those that are not here yet are taken to be like the others."""
+    known = [count for count in counts if count is not None]
+    return round(sum(known) / len(known) * len(counts))
 
 
-def _encode_shard(
-    stem: Path,
-    samples: Sequence[Sample],
-    vae: AutoencoderKL,
-    tokenizer: PreTrainedTokenizerBase,
-    resolution: int,
-    progress: Callable[[int], None],
+def is_finished(path: Path, description: LatentDescription) -> bool:
+    """Whether a cached shard is there, whole, and of this data set."""
+    stats = shard_stats(path)
+    return path.is_file() and stats.get("fingerprint") == description.fingerprint
+
+
+def _open_folder(folder: Path, description: LatentDescription) -> None:
+    if (folder / DATASET_FILE).is_file():
+        there = read_description(folder)
+        require_same_settings(there.settings, description.settings, folder)
+        if there != description:
+            raise OutputError(
+                "the folder holds latents of other shards",
+                where=folder,
+                got=f"{len(there.sources)} shards, the first {there.sources[0].name}",
+                allowed=f"{len(description.sources)} shards, the first {description.sources[0].name}",
+                remedy="choose another -o, or add --overwrite",
+            )
+    write_atomically(folder / DATASET_FILE, description.to_json())
+
+
+def _check_space(folder: Path, encoder: LatentEncoder, num_samples: int) -> None:
+    """Refuse a pass that the disk cannot hold, before it begins."""
+    factor = 2 ** (len(encoder.vae.config.block_out_channels) - 1)
+    side = encoder.settings.resolution // factor
+    moments = 2 * encoder.vae.config.latent_channels * side * side * 2
+    each = moments * (2 if encoder.settings.mirrored else 1) + SMALL_MEMBERS
+    free = shutil.disk_usage(folder).free
+    if each * num_samples > free:
+        raise DataError(
+            "the disk is too small for these latents",
+            where=folder,
+            got=f"{free / 1e9:,.1f} GB free",
+            allowed=f"{num_samples:,} samples of {each / 1024:,.0f} KiB: {each * num_samples / 1e9:,.1f} GB",
+            remedy="choose another disk, fewer samples (filters), or no mirrored images",
+        )
+
+
+def _cache_shard(
+    path: Path,
+    selection: Selection,
+    caption: CaptionSource,
+    encoder: LatentEncoder,
+    description: LatentDescription,
+    report: Callable[[int], None],
 ) -> None:
-    moments: list[NDArray[np.float16]] = []
-    captions: list[str] = []
-    bad: list[str] = []
-    decoded = decoded_samples(samples, resolution, bad)
-    batch = images_at_once(resolution, MAX_BATCH)
-    while chunk := list(islice(decoded, batch)):
-        moments.append(_encode(torch.stack([pixels for pixels, _ in chunk]), vae))
-        captions += [caption for _, caption in chunk]
-        progress(len(captions) + len(bad))
-    if len(bad) > MAX_BAD_FRACTION * len(samples):
+    bad: Counter[str] = Counter()
+    write_shard(
+        path,
+        _records(path.stem, selection, caption, encoder, bad, report),
+        fingerprint=description.fingerprint,
+        count=len(selection.index),
+        left_out=dict(selection.reasons),
+        bad=bad,
+    )
+
+
+def _records(
+    stem: str,
+    selection: Selection,
+    caption: CaptionSource,
+    encoder: LatentEncoder,
+    bad: Counter[str],
+    report: Callable[[int], None],
+) -> Iterator[Record]:
+    """Encoded samples in their order, keyed by shard and row; ends in an error when too many are bad."""
+    resolution = encoder.settings.resolution
+    samples = selection.index.samples(selection.rows.tolist())
+    decoded = decoded_samples(samples, resolution, caption, bad)
+    row = 0
+    while chunk := list(islice(decoded, images_at_once(resolution, MAX_BATCH))):
+        encoded = encoder.encode([item.image for item in chunk], [item.caption for item in chunk])
+        for item, arrays in zip(chunk, encoded, strict=True):
+            if arrays is None:
+                bad["latents not finite"] += 1
+                continue
+            yield to_record(sample_key(int(stem), row), arrays, _metadata(item))
+            row += 1
+        report(row + bad.total())
+    if bad["latents not finite"]:
+        _refuse_many_infinite(bad["latents not finite"], len(selection), selection.index.path)
+    check_bad_fraction(bad, len(selection), selection.index.path)
+
+
+def _refuse_many_infinite(count: int, total: int, where: Path) -> None:
+    if count > MAX_BAD_FRACTION * total:
         raise DataError(
-            "too many images cannot be decoded",
-            where=samples[0].shard,
-            got=f"{len(bad)} of {len(samples)}, the first: {bad[0]}",
-            allowed=f"at most {MAX_BAD_FRACTION:.0%}",
-            remedy="download the shard again",
+            "the autoencoder returned values that are not finite",
+            where=where,
+            got=f"{count:,} of {total:,} latents",
+            remedy="use an autoencoder that is not overflowing: SDXL's own needs float32 weights",
         )
-    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="np").input_ids
-    np.save(f"{stem}.moments.npy", np.concatenate(moments))
-    np.save(f"{stem}.ids.npy", ids.astype(np.int32))
-    # Written last: it marks the shard as done.
-    facts = {"shard": samples[0].shard.name, "count": len(captions), "skipped": len(bad)}
-    write_atomically(stem.with_suffix(".json"), json.dumps(facts))
 
 
-def decoded_samples(samples: Iterable[Sample], resolution: int, bad: list[str]) -> Iterator[tuple[Tensor, str]]:
-    """Pixels (3, resolution, resolution), uint8, and caption of every sample whose image can be decoded.
-
-    Args:
-        samples: As `index_shard` gives them.
-        resolution: Side of the images.
-        bad: Gets a line for each of the others.
-    """
-    for sample in samples:
-        assert sample.image_extension is not None  # index_shard keeps only such samples
-        try:
-            pixels = decode_image(sample.read(sample.image_extension), resolution)
-        except DataError as error:
-            bad.append(f"{sample.key}: {error.got}")
-            continue
-        yield pixels, sample.read("txt").decode("utf-8", errors="replace")
-
-
-@torch.no_grad()
-def _encode(pixels: Tensor, vae: AutoencoderKL) -> NDArray[np.float16]:
-    posterior = vae.encode(to_model_range(pixels).to(vae.device, vae.dtype)).latent_dist
-    encoded = torch.cat([posterior.mean, posterior.std], dim=1).float().cpu()
-    if not torch.isfinite(encoded).all():
-        raise DataError(
-            "the autoencoder returned values that are not finite", remedy="use float32 for this autoencoder"
-        )
-    return encoded.numpy().astype(np.float16)
+def _metadata(item: DecodedSample) -> dict[str, Any]:
+    known = parse_metadata(item.sample.read_if_present("json")) or {}
+    return {**known, "caption": item.caption, "source_key": item.sample.key}

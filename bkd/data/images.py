@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,43 +13,73 @@ from torch import Tensor
 
 from bkd.errors import DataError
 
+FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 1 << 20
+# Images above Pillow's limit are refused here; its warning would say so a second time.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode_image(encoded: bytes, resolution: int) -> Tensor:
+@dataclass(frozen=True)
+class DecodedImage:
+    """A training image, and what was done to get it.
+
+    Attributes:
+        pixels: (3, resolution, resolution), uint8, RGB.
+        original_size: (height, width) before resizing, in pixels, as displayed.
+        crop_top_left: (top, left) of the square in the resized image, in pixels.
+    """
+
+    pixels: Tensor
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+
+
+def decode_image(encoded: bytes, resolution: int) -> DecodedImage:
     """Decode an image to a square of the training resolution.
 
-    EXIF orientation is applied, transparency is laid on white, the shorter side is resized (Lanczos) and the centre
-    is cropped. An image of exactly the right size passes through untouched.
+    EXIF orientation is applied, transparency is laid on white, of animations the first picture is taken, the shorter
+    side is resized (Lanczos) and the centre is cropped. An image of exactly the right size passes through untouched.
 
     Args:
         encoded: A JPEG, PNG or WebP file's bytes.
         resolution: Side of the result, in pixels.
 
-    Returns:
-        (3, resolution, resolution), uint8, RGB.
-
     Raises:
         DataError: If the bytes are not a whole image, or the image is so large that it may be an attack.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as opened:
-                image = _on_white(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError("image cannot be decoded", got=error) from error
+    image = open_image(encoded)
+    width, height = image.size
     if image.size != (resolution, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    scale = resolution / min(width, height)
+    crop = tuple(round((side * scale - resolution) / 2) for side in (height, width))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return DecodedImage(pixels, (height, width), (crop[0], crop[1]))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    # convert("RGB") alone would show whatever colour hides below transparent pixels
+def open_image(encoded: bytes) -> Image.Image:
+    """A whole image as RGB, upright, without transparency.
+
+    Raises:
+        DataError: As `decode_image`.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
+            if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
+            return _rgb(ImageOps.exif_transpose(opened))
+    except Exception as error:  # damaged files make decoders raise nearly anything
+        raise DataError("image cannot be decoded", got=str(error) or type(error).__name__) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # convert("RGB") alone would show whatever colour hides below transparent pixels
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("RGB")
 
 

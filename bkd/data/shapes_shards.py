@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bkd.data.shapes import EMBEDDED, SIDE, WORLD_VERSION, Split, render, scene
 from bkd.data.shards import NewSample, expand_shards, write_shards
+from bkd.data.sources import Source
 
 NUM_TRAIN = 10_000
 
@@ -35,13 +36,13 @@ def ensure_shapes_shards(cache: Path, *, split: Split = "train", num_samples: in
     return folder
 
 
-def find_shards(spec: str, cache: Path) -> list[Path]:
-    """The tars that SHARDS means; `shapes` is the embedded world.
+def find_sources(spec: str, cache: Path) -> list[Source]:
+    """The shards that SHARDS means; `shapes` is the embedded world.
 
     Raises:
         DataError: If nothing matches.
     """
-    return expand_shards(str(ensure_shapes_shards(cache)) if spec == EMBEDDED else spec)
+    return [Source(path) for path in expand_shards(str(ensure_shapes_shards(cache)) if spec == EMBEDDED else spec)]
 
 
 def shapes_samples(split: Split, num_samples: int, *, seed: int = 0) -> Iterator[NewSample]:

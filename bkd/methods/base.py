@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from bkd.data.latent_set import CachedBatch
 from bkd.diffusion import NoiseSchedule
 from bkd.losses import LossTerms
 from bkd.rng import StepRng
@@ -25,6 +26,11 @@ class Batch:
 
     moments: Tensor
     token_ids: Tensor
+
+    @classmethod
+    def of(cls, cached: CachedBatch, device: torch.device) -> Batch:
+        """Cached samples, moved to a device."""
+        return cls(cached.moments.to(device), cached.token_ids.to(device))
 
 
 class Method(Protocol):

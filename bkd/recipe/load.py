@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from bkd.errors import RecipeError, suggest
+from bkd.data.captions import CaptionSource
+from bkd.data.filters import parse_filter
+from bkd.errors import DataError, RecipeError, suggest
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe
 from bkd.surgery.presets import PRESET_NAMES, is_unknown_name, split_list
 
@@ -247,9 +249,24 @@ def _range_problems(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _data_problems(recipe: Recipe) -> list[str]:
+    """Captions and filters that cannot be read."""
+    problems = []
+    try:
+        CaptionSource.parse(recipe.data.caption)
+    except DataError as error:
+        problems.append(f"data.caption: should be {error.allowed} (got {error.got})")
+    for field, text in recipe.data.filters.items():
+        try:
+            parse_filter(field, text)
+        except DataError as error:
+            problems.append(f"data.filters.{field}: {error.what} (got {text!r}; allowed: {error.allowed})")
+    return problems
+
+
 def _conflicts(recipe: Recipe) -> list[str]:
     """Values that are fine by themselves and not together."""
-    problems = []
+    problems = _data_problems(recipe)
     if len(recipe.stages) != 1:
         problems.append(f"stages: should have exactly one stage (got {len(recipe.stages)})")
     for index, stage in enumerate(recipe.stages):

@@ -5,6 +5,7 @@ A recipe file says only what differs from these defaults. Cadences (`*_every`) c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -36,13 +37,20 @@ class Data:
     """The images and captions to train on.
 
     Attributes:
-        shards: `shapes` (the embedded world), or tars: a file, folder, glob or brace pattern.
+        shards: `shapes` (the embedded world), or tars: a file, folder, glob, brace pattern or address. A folder that
+            `bkd data cache` wrote is taken as it is.
+        caption: `txt` for KEY.txt, or `json:FIELD` for a field of KEY.json.
+        filters: Metadata field -> what it must be, such as `aesthetic: '>= 6.5, missing drop'`.
+        mirror: Whether every other draw of an image is mirrored; never where the caption says left or right.
         resolution: Side of the training images in pixels; the teacher's own when not given.
         cache_dir: Where latents are kept; `$BKD_CACHE` or `~/.cache/bkd` when not given.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
     shards: str = "shapes"
+    caption: str = "txt"
+    filters: Mapping[str, str] = field(default_factory=dict)
+    mirror: bool = False
     resolution: int | None = None
     cache_dir: str | None = None
 

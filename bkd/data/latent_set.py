@@ -1,0 +1,162 @@
+"""Read cached shards batch by batch: checked, in any order, with memory that does not grow with the data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bkd.data.cache import is_finished
+from bkd.data.index import NO_MEMBER, Extents, ShardIndex, read_member
+from bkd.data.indexing import index_shard
+from bkd.data.latent_shards import npy_array, read_description
+from bkd.data.order import Order
+from bkd.data.shards import shard_name
+from bkd.data.stats import shard_stats
+from bkd.errors import DataError
+
+MAX_BAD_READS = 0.01
+FREE_BAD_READS = 16
+"""So many may be bad before a share is computed."""
+
+
+@dataclass(frozen=True)
+class CachedBatch:
+    """Cached samples, on the CPU.
+
+    Attributes:
+        moments: (B, 2C, h, w), float32: posterior mean, then deviation, before the scaling factor.
+        token_ids: (B, L), int64.
+        token_ids_2: (B, L), int64, for SDXL's second text encoder.
+        sizes: (B, 6), float32, SDXL's size and crop conditioning, in pixels.
+    """
+
+    moments: Tensor
+    token_ids: Tensor
+    token_ids_2: Tensor | None = None
+    sizes: Tensor | None = None
+
+
+class LatentSet:
+    """A cached data set.
+
+    Args:
+        folder: With `bkd_latents.json` and all its shards.
+        cache: Folder for indexes that cannot lie beside their shard.
+
+    Raises:
+        DataError: If caching has not finished, or a shard is damaged.
+    """
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder, self._cache = folder, cache
+        self.description = read_description(folder)
+        self._paths = [folder / shard_name(number) for number in range(len(self.description.sources))]
+        self._require_finished()
+        stats = [shard_stats(path) for path in self._paths]
+        self.counts = tuple(int(found["successes"]) for found in stats)
+        self.left_out = sum((Counter(found.get("left_out", {})) for found in stats), Counter[str]())
+        self.bad = sum((Counter(found.get("bad", {})) for found in stats), Counter[str]())
+        if not sum(self.counts):
+            raise DataError("the cached data set is empty", where=folder, remedy="cache shards with usable samples")
+        self._starts = np.cumsum([0, *self.counts])
+        self._reads = 0
+        self.replaced: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.description.fingerprint
+
+    def order(self, seed: int) -> Order:
+        return Order(self.counts, seed)
+
+    def _require_finished(self) -> None:
+        missing = [path.name for path in self._paths if not is_finished(path, self.description)]
+        if missing:
+            raise DataError(
+                "caching has not finished",
+                where=self.folder,
+                got=f"{len(self._paths) - len(missing)} of {len(self._paths)} shards; missing {missing[0]}"
+                + (" and others" if len(missing) > 1 else ""),
+                remedy="run the same `bkd data cache` again: it continues",
+            )
+
+    def gather(self, indices: NDArray[np.int64], mirror: Sequence[bool] | None = None) -> CachedBatch:
+        """Samples by their numbers. One that cannot be read is replaced by the next that can, and counted.
+
+        Args:
+            indices: (B,), int64.
+            mirror: (B,): which samples' mirrored images are wanted; those without get the plain one.
+
+        Raises:
+            DataError: If more than a hundredth of what was read had to be replaced; with the reasons.
+        """
+        wanted = mirror if mirror is not None else [False] * len(indices)
+        samples = [self._sample(int(index), bool(flip)) for index, flip in zip(indices, wanted, strict=True)]
+        columns = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return CachedBatch(
+            moments=torch.from_numpy(columns["moments"]).float(),
+            token_ids=torch.from_numpy(columns["ids"]).long(),
+            token_ids_2=torch.from_numpy(columns["ids_2"]).long() if "ids_2" in columns else None,
+            sizes=torch.from_numpy(columns["sizes"]).float() if "sizes" in columns else None,
+        )
+
+    def _sample(self, index: int, mirror: bool) -> dict[str, NDArray[Any]]:
+        self._reads += 1
+        for offset in range(len(self)):
+            try:
+                return self._read((index + offset) % len(self), mirror)
+            except DataError as error:
+                self.replaced[error.what] += 1
+                self._check_replaced(error)
+        raise AssertionError("unreachable: so many bad reads are an error")
+
+    def _check_replaced(self, last: DataError) -> None:
+        count = self.replaced.total()
+        if count > max(FREE_BAD_READS, MAX_BAD_READS * self._reads):
+            raise DataError(
+                "too many cached samples cannot be read",
+                where=last.where,
+                got=f"{count:,} of {self._reads:,} reads: "
+                + "; ".join(f"{count:,} {reason}" for reason, count in self.replaced.items()),
+                allowed=f"at most {MAX_BAD_READS:.0%}",
+                remedy="restore the shard, or remove its _stats.json and run the same `bkd data cache` again",
+            )
+
+    def _read(self, index: int, mirror: bool) -> dict[str, NDArray[Any]]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[number])
+        path = self._paths[number]
+        members = _index(path, self._cache).members
+        latents = "mirrored" if mirror and _holds(members.get("mirrored.npy"), row) else "moments"
+        found = {"moments": self._array(path, members, latents, row), "ids": self._array(path, members, "ids", row)}
+        for name in ("ids_2", "sizes") if len(self.description.settings.tokenizers) > 1 else ():
+            found[name] = self._array(path, members, name, row)
+        return found
+
+    @staticmethod
+    def _array(path: Path, members: Any, name: str, row: int) -> NDArray[Any]:
+        places = members.get(f"{name}.npy")
+        if not _holds(places, row):
+            raise DataError(f"a cached sample has no {name}", where=path, remedy="cache the shard again")
+        return npy_array(read_member(path, places.at(row)))
+
+
+def _holds(places: Extents | None, row: int) -> bool:
+    return places is not None and row < len(places.sizes) and bool(places.sizes[row] != NO_MEMBER)
+
+
+@lru_cache(maxsize=64)
+def _index(path: Path, cache: Path) -> ShardIndex:
+    return index_shard(path, cache)

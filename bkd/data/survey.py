@@ -1,0 +1,108 @@
+"""Look at all shards of a data set before work begins: are they whole, and which samples will be used?"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from bkd.data.captions import CaptionSource
+from bkd.data.filters import Filter, Selection, select
+from bkd.data.indexing import index_shard
+from bkd.data.latent_shards import SourceShard, identity_of
+from bkd.data.sources import Source
+from bkd.errors import DataError
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@dataclass(frozen=True)
+class DataWish:
+    """Which samples of some shards are wanted.
+
+    Attributes:
+        caption: Where captions come from.
+        filters: What a sample must pass.
+        cache: Folder for things that can be made again.
+    """
+
+    caption: CaptionSource
+    filters: tuple[Filter, ...]
+    cache: Path
+
+    def select(self, shard: Path) -> Selection:
+        """The wanted samples of a shard on this machine."""
+        return select(index_shard(shard, self.cache), self.caption, self.filters)
+
+
+@dataclass(frozen=True)
+class SurveyedShard:
+    """What is known of a shard before it is read.
+
+    Attributes:
+        source: Where it is.
+        identity: Changes with its contents.
+        num_samples: In it; None for a remote shard, which is fetched only when its turn comes.
+        num_selected: That are wanted.
+        reasons: Why the others are not.
+    """
+
+    source: Source
+    identity: str
+    num_samples: int | None
+    num_selected: int | None
+    reasons: Counter[str]
+
+    def described(self) -> SourceShard:
+        return SourceShard(self.source.name, self.identity)
+
+
+def survey(
+    sources: Sequence[Source], wish: DataWish, progress: Progress = lambda done, total: None
+) -> tuple[SurveyedShard, ...]:
+    """Index every local shard and apply the filters; remote shards are only asked for their size.
+
+    Raises:
+        DataError: If a shard cannot be used, a filter meets missing values, or nothing is left.
+    """
+    found: list[SurveyedShard] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for shard in pool.map(lambda source: _survey(source, wish), sources):
+            found.append(shard)
+            progress(len(found), len(sources))
+    if all(shard.num_selected == 0 for shard in found):
+        raise _nothing_left(found, wish)
+    return tuple(found)
+
+
+def _survey(source: Source, wish: DataWish) -> SurveyedShard:
+    if source.is_remote:
+        return SurveyedShard(source, source.identity(), None, None, Counter())
+    with source.hold() as path:
+        selection = wish.select(path)
+    index = selection.index
+    return SurveyedShard(source, identity_of(index), len(index), len(selection), Counter(selection.reasons))
+
+
+def _nothing_left(found: Sequence[SurveyedShard], wish: DataWish) -> DataError:
+    total = sum(shard.num_samples or 0 for shard in found)
+    reasons = sum((shard.reasons for shard in found), Counter[str]())
+    listed = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    if not total:
+        return DataError(
+            "the shards hold no samples",
+            where=found[0].source.name,
+            allowed="KEY.jpg|jpeg|png|webp with KEY.txt and KEY.json, as img2dataset writes them",
+            remedy="look at them with `bkd data check`",
+        )
+    return DataError(
+        "no sample of these shards can be used",
+        where=found[0].source.name if len(found) == 1 else f"{len(found)} shards",
+        got=f"{total:,} samples: {listed}",
+        allowed=f"an image with a caption ({wish.caption}); filters: {'; '.join(map(str, wish.filters)) or 'none'}",
+        remedy="look at them with `bkd data check`; captions in KEY.json: data.caption=json:FIELD",
+    )
