@@ -104,7 +104,13 @@ def _check_cached(path: Path, wanted: LatentSettings, *, asks: bool) -> None:
 
 
 def ensure_latents(
-    caching: Caching, pipe: Any, *, rank: int = 0, world_size: int = 1, progress: Progress = lambda done, total: None
+    caching: Caching,
+    pipe: Any,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Encode what has not been encoded yet.
 
@@ -113,6 +119,7 @@ def ensure_latents(
         pipe: The teacher, loaded and frozen.
         rank: Of this process.
         world_size: Processes that share the work.
+        overwrite: Whether other latents in the folder may be replaced.
         progress: Called with (done, total) samples.
     """
     if caching.shards:
@@ -124,6 +131,7 @@ def ensure_latents(
             caching.folder,
             rank=rank,
             world_size=world_size,
+            overwrite=overwrite,
             progress=progress,
         )
 

@@ -236,7 +236,7 @@ def test_an_interrupted_pass_continues_to_the_same_bytes(teacher, teacher_folder
     data = cached(teacher, teacher_folder, shards[0].parent, tmp_path / "cut")
     assert calls == [64, 32, 32]
     names = sorted(path.name for path in whole.folder.iterdir() if not path.name.endswith(".bkdindex"))
-    assert names == ["00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json", "bkd_latents.json"]
+    assert names == ["00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json", "bkd_dataset.json"]
     assert all((whole.folder / name).read_bytes() == (data.folder / name).read_bytes() for name in names)
 
 

@@ -19,20 +19,13 @@ from bkd.data.filters import Selection
 from bkd.data.images import images_at_once
 from bkd.data.indexing import index_shard
 from bkd.data.latent_encoder import LatentEncoder
-from bkd.data.latent_shards import (
-    DATASET_FILE,
-    LatentDescription,
-    read_description,
-    require_same_settings,
-    to_record,
-)
+from bkd.data.latent_shards import MADE_BY, LatentDescription, to_record
 from bkd.data.metadata import parse_metadata
+from bkd.data.output_set import OutputSet, open_output_set
 from bkd.data.reading import MAX_BAD_FRACTION, DecodedSample, check_bad_fraction, decoded_samples
-from bkd.data.shards import Record, sample_key, shard_name, write_shard
-from bkd.data.stats import shard_stats
+from bkd.data.shards import Record, sample_key
 from bkd.data.survey import DataWish, SurveyedShard
-from bkd.errors import DataError, OutputError
-from bkd.files import write_atomically
+from bkd.errors import DataError
 
 MAX_BATCH = 64
 SMALL_MEMBERS = 6 << 10
@@ -49,8 +42,9 @@ def cache_latents(
     *,
     rank: int = 0,
     world_size: int = 1,
+    overwrite: bool = False,
     progress: Progress = lambda done, total: None,
-) -> LatentDescription:
+) -> None:
     """Encode every wanted sample that has not been encoded yet.
 
     Shard n becomes `folder/<n>.tar`, whole or not at all, and is left alone when it is there: an interrupted pass
@@ -63,29 +57,30 @@ def cache_latents(
         folder: Output; may hold an unfinished pass over the same samples.
         rank: Of this process: it does every `world_size`-th shard.
         world_size: Processes that share the work.
+        overwrite: Whether latents of other samples or settings may be replaced.
         progress: Called with samples of this process's share; the total is an estimate where shards are remote.
 
     Raises:
-        DataError: If too many samples of a shard are bad, the disk is too small, or the folder holds other latents.
+        DataError: If too many samples of a shard are bad, or the disk is too small.
+        OutputError: If the folder holds something else.
     """
     description = LatentDescription(encoder.settings, tuple(shard.described() for shard in shards))
-    _open_folder(folder, description)
-    paths = [folder / shard_name(number) for number in range(len(shards))]
-    mine = list(zip(paths, shards, strict=True))[rank::world_size]
-    todo = [(path, shard) for path, shard in mine if not is_finished(path, description)]
-    _check_space(folder, encoder, sum(shard.num_selected or 0 for _, shard in todo))
-    counts = {path: shard.num_selected for path, shard in mine}
-    done = sum(counts[path] or 0 for path in counts if is_finished(path, description))
-    for path, shard in todo:
-        with shard.source.hold() as held:
+    output = open_output_set(folder, MADE_BY, description.facts(), overwrite=overwrite)
+    if rank == 0:
+        output.remove_others(len(shards))
+    counts = {number: shards[number].num_selected for number in range(rank, len(shards), world_size)}
+    todo = list(output.unfinished(len(shards), rank=rank, world_size=world_size))
+    _check_space(folder, encoder, sum(counts[number] or 0 for number in todo))
+    done = sum(counts[number] or 0 for number in counts if number not in todo)
+    for number in todo:
+        with shards[number].source.hold() as held:
             selection = wish.select(held)
-            counts[path] = len(selection)
+            counts[number] = len(selection)
             report = partial(_report, progress, done, _estimate(list(counts.values())))
-            _cache_shard(path, selection, wish.caption, encoder, description, report)
+            _cache_shard(output, number, selection, wish.caption, encoder, report)
         done += len(selection)
-        index_shard(path, wish.cache)  # now, while its bytes are in memory
+        index_shard(output.path(number), wish.cache)  # now, while its bytes are in memory
     progress(done, done)
-    return description
 
 
 def _report(progress: Progress, before: int, total: int, done: int) -> None:
@@ -96,27 +91,6 @@ def _estimate(counts: Sequence[int | None]) -> int:
     """Samples in all shards; those that are not here yet are taken to be like the others."""
     known = [count for count in counts if count is not None]
     return round(sum(known) / len(known) * len(counts))
-
-
-def is_finished(path: Path, description: LatentDescription) -> bool:
-    """Whether a cached shard is there, whole, and of this data set."""
-    stats = shard_stats(path)
-    return path.is_file() and stats.get("fingerprint") == description.fingerprint
-
-
-def _open_folder(folder: Path, description: LatentDescription) -> None:
-    if (folder / DATASET_FILE).is_file():
-        there = read_description(folder)
-        require_same_settings(there.settings, description.settings, folder)
-        if there != description:
-            raise OutputError(
-                "the folder holds latents of other shards",
-                where=folder,
-                got=f"{len(there.sources)} shards, the first {there.sources[0].name}",
-                allowed=f"{len(description.sources)} shards, the first {description.sources[0].name}",
-                remedy="choose another -o, or add --overwrite",
-            )
-    write_atomically(folder / DATASET_FILE, description.to_json())
 
 
 def _check_space(folder: Path, encoder: LatentEncoder, num_samples: int) -> None:
@@ -137,26 +111,20 @@ def _check_space(folder: Path, encoder: LatentEncoder, num_samples: int) -> None
 
 
 def _cache_shard(
-    path: Path,
+    output: OutputSet,
+    number: int,
     selection: Selection,
     caption: CaptionSource,
     encoder: LatentEncoder,
-    description: LatentDescription,
     report: Callable[[int], None],
 ) -> None:
     bad: Counter[str] = Counter()
-    write_shard(
-        path,
-        _records(path.stem, selection, caption, encoder, bad, report),
-        fingerprint=description.fingerprint,
-        count=len(selection.index),
-        left_out=dict(selection.reasons),
-        bad=bad,
-    )
+    records = _records(number, selection, caption, encoder, bad, report)
+    output.write(number, records, count=len(selection.index), left_out=dict(selection.reasons), bad=bad)
 
 
 def _records(
-    stem: str,
+    number: int,
     selection: Selection,
     caption: CaptionSource,
     encoder: LatentEncoder,
@@ -174,7 +142,7 @@ def _records(
             if arrays is None:
                 bad["latents not finite"] += 1
                 continue
-            yield to_record(sample_key(int(stem), row), arrays, _metadata(item))
+            yield to_record(sample_key(number, row), arrays, _metadata(item))
             row += 1
         report(row + bad.total())
     if bad["latents not finite"]:

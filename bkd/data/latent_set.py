@@ -14,12 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bkd.data.cache import is_finished
 from bkd.data.index import NO_MEMBER, Extents, ShardIndex, read_member
 from bkd.data.indexing import index_shard
 from bkd.data.latent_shards import npy_array, read_description
 from bkd.data.order import Order
-from bkd.data.shards import shard_name
+from bkd.data.output_set import OutputSet
 from bkd.data.stats import shard_stats
 from bkd.errors import DataError
 
@@ -59,8 +58,9 @@ class LatentSet:
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder, self._cache = folder, cache
         self.description = read_description(folder)
-        self._paths = [folder / shard_name(number) for number in range(len(self.description.sources))]
-        self._require_finished()
+        output = OutputSet(folder, self.description.fingerprint)
+        self._paths = [output.path(number) for number in range(len(self.description.sources))]
+        self._require_finished([path.name for path in map(output.path, output.unfinished(len(self._paths)))])
         stats = [shard_stats(path) for path in self._paths]
         self.counts = tuple(int(found["successes"]) for found in stats)
         self.left_out = sum((Counter(found.get("left_out", {})) for found in stats), Counter[str]())
@@ -81,8 +81,7 @@ class LatentSet:
     def order(self, seed: int) -> Order:
         return Order(self.counts, seed)
 
-    def _require_finished(self) -> None:
-        missing = [path.name for path in self._paths if not is_finished(path, self.description)]
+    def _require_finished(self, missing: Sequence[str]) -> None:
         if missing:
             raise DataError(
                 "caching has not finished",

@@ -6,7 +6,7 @@
     KEY.sizes.npy      (6,), int32: original height and width, crop top and left, target height and width (SDXL)
     KEY.json           the source sample's metadata
 
-`bkd_latents.json` beside them says what they depend on; training refuses latents of another autoencoder.
+`bkd_dataset.json` beside them says what they depend on; training refuses latents of another autoencoder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bkd.data.index import ShardIndex
+from bkd.data.output_set import DATASET_FILE, FORMAT, dataset_description, dataset_facts
 from bkd.errors import DataError
 
-FORMAT = 1
-DATASET_FILE = "bkd_latents.json"
+MADE_BY = "cache"
 SIDES = re.compile(
     r"\b(left|right|leftmost|rightmost|clockwise|links|rechts|linke\w?|rechte\w?|gauche|droite|izquierd[ao]|derech[ao]"
     r"|sinistr[ao]|destr[ao]|esquerd[ao]|direit[ao])\b|[左右]",
@@ -79,7 +79,7 @@ class SourceShard:
 
 @dataclass(frozen=True)
 class LatentDescription:
-    """`bkd_latents.json`.
+    """What a folder of cached latents was made from and with.
 
     Attributes:
         settings: Of the latents.
@@ -92,39 +92,38 @@ class LatentDescription:
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes a latent or a token id, or their order."""
-        facts = {"format": FORMAT, "settings": asdict(self.settings), "sources": [s.identity for s in self.sources]}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return str(dataset_description(MADE_BY, self.facts())["fingerprint"])
 
-    def to_json(self) -> str:
-        facts = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
-        return json.dumps(facts, indent=1, sort_keys=True) + "\n"
+    def facts(self) -> dict[str, Any]:
+        return {**asdict(self.settings), "sources": [asdict(source) for source in self.sources]}
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: object) -> LatentDescription:
-        """Read what `to_json` wrote.
+    def of(cls, described: Mapping[str, Any], where: object) -> LatentDescription:
+        """Read what a `bkd_dataset.json` says.
 
         Raises:
             DataError: If it is damaged, or of another version of bkd.
         """
         try:
-            facts = json.loads(text)
-            if facts["format"] != FORMAT:
-                raise DataError(
-                    "these latents were cached by another version of bkd",
-                    where=where,
-                    got=f"format {facts['format']}",
-                    allowed=str(FORMAT),
-                    remedy="cache them again: bkd data cache",
-                )
-            settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["settings"].items()}
-            found = cls(LatentSettings(**settings), tuple(SourceShard(**source) for source in facts["sources"]))
-            if found.fingerprint != facts["fingerprint"]:
+            if described["format"] != FORMAT:
+                raise ValueError(f"format {described['format']}, not {FORMAT}")
+            values: dict[str, Any] = {field.name: described[field.name] for field in fields(LatentSettings)}
+            settings = LatentSettings(**{k: _hashable(value) for k, value in values.items()})
+            found = cls(settings, tuple(SourceShard(**source) for source in described["sources"]))
+            if found.fingerprint != described["fingerprint"]:
                 raise ValueError("its fingerprint does not fit")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                "the description of cached latents is damaged", where=where, got=error, remedy="cache them again"
+                "the description of cached latents is damaged or of another version of bkd",
+                where=where,
+                got=error,
+                remedy="cache the shards again: bkd data cache",
             ) from None
         return found
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def identity_of(index: ShardIndex) -> str:
@@ -204,9 +203,9 @@ def to_record(key: str, arrays: Arrays, metadata: Mapping[str, Any]) -> dict[str
 
 def is_cached(folder: Path) -> bool:
     """Whether a folder holds cached latents."""
-    return (folder / DATASET_FILE).is_file()
+    return (dataset_facts(folder) or {}).get("made_by") == MADE_BY
 
 
 def read_description(folder: Path) -> LatentDescription:
-    """A folder's `bkd_latents.json`."""
-    return LatentDescription.from_json((folder / DATASET_FILE).read_bytes(), folder / DATASET_FILE)
+    """What a folder's latents were made from and with."""
+    return LatentDescription.of(dataset_facts(folder) or {}, folder / DATASET_FILE)

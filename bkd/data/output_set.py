@@ -1,0 +1,119 @@
+"""A folder of shards that is being written: whole shards only, continued after a stop, shared between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bkd.data.shards import Record, shard_name, write_shard
+from bkd.data.stats import shard_stats, stats_file
+from bkd.errors import OutputError
+from bkd.files import write_atomically
+
+DATASET_FILE = "bkd_dataset.json"
+"""What a folder of shards was made from and with; marks it as ours."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class OutputSet:
+    """Shards `00000.tar`, `00001.tar`, … of one data set.
+
+    Attributes:
+        folder: Where they lie.
+        fingerprint: Changes with anything that changes their bytes; recorded with each.
+    """
+
+    folder: Path
+    fingerprint: str
+
+    def path(self, number: int) -> Path:
+        return self.folder / shard_name(number)
+
+    def is_finished(self, number: int) -> bool:
+        """Whether a shard is there, whole, and of this data set."""
+        path = self.path(number)
+        return path.is_file() and shard_stats(path).get("fingerprint") == self.fingerprint
+
+    def unfinished(self, num_shards: int, *, rank: int = 0, world_size: int = 1) -> Iterator[int]:
+        """The shards that this process still has to write: every `world_size`-th is its own."""
+        return (number for number in range(rank, num_shards, world_size) if not self.is_finished(number))
+
+    def remove_others(self, num_shards: int) -> None:
+        """Delete shards beyond the last, which a replaced data set has left."""
+        for path in self.folder.glob("[0-9]*.tar"):
+            if path.stem.isdigit() and int(path.stem) >= num_shards:
+                for part in (stats_file(path), path, *self.folder.glob(f"{path.name}.*")):
+                    part.unlink(missing_ok=True)
+
+    def write(self, number: int, records: Iterable[Record], **stats: Any) -> int:
+        """Write one shard; see `write_shard`."""
+        return write_shard(self.path(number), records, fingerprint=self.fingerprint, **stats)
+
+
+def dataset_facts(folder: Path) -> dict[str, Any] | None:
+    """What `bkd_dataset.json` says; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / DATASET_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def open_output_set(folder: Path, made_by: str, settings: Mapping[str, Any], *, overwrite: bool = False) -> OutputSet:
+    """Begin or continue a data set.
+
+    Args:
+        folder: Output; new, empty, or an unfinished or finished data set of the same settings.
+        made_by: The verb.
+        settings: Everything that the shards' bytes depend on; plain JSON.
+        overwrite: Whether a data set of other settings may be replaced; its shards are, one by one.
+
+    Raises:
+        OutputError: If the folder holds anything else; names the settings that differ.
+    """
+    wanted = dataset_description(made_by, settings)
+    there = dataset_facts(folder)
+    if there is None:
+        _require_empty(folder)
+    elif (differing := _differing(there, wanted)) and not overwrite:
+        raise OutputError(
+            "the output folder holds another data set",
+            where=folder,
+            got="; ".join(f"{name}: {_brief(there.get(name))}" for name in differing),
+            allowed="; ".join(f"{name}: {_brief(wanted.get(name))}" for name in differing),
+            remedy="choose another -o, or add --overwrite",
+        )
+    write_atomically(folder / DATASET_FILE, json.dumps(wanted, indent=1) + "\n")
+    return OutputSet(folder, wanted["fingerprint"])
+
+
+def dataset_description(made_by: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `bkd_dataset.json` will say, with its fingerprint."""
+    facts = {"format": FORMAT, "made_by": made_by, **settings}
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    described: dict[str, Any] = json.loads(json.dumps({**facts, "fingerprint": fingerprint}))  # lists for tuples
+    return described
+
+
+def _require_empty(folder: Path) -> None:
+    if folder.is_file():
+        raise OutputError("the output folder is a file", where=folder, remedy="choose another -o")
+    if folder.is_dir() and (held := sorted(path.name for path in folder.iterdir())):
+        raise OutputError(
+            "the output folder holds something else", where=folder, got=", ".join(held[:4]), remedy="choose another -o"
+        )
+
+
+def _differing(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    names = sorted({*there, *wanted} - {"fingerprint"})
+    return [name for name in names if there.get(name) != wanted.get(name)]
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
