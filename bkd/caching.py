@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bkd.data.cache import cache_latents
 from bkd.data.captions import CaptionSource
-from bkd.data.filters import parse_filters
 from bkd.data.latent_encoder import encoder_of, latent_settings
+from bkd.data.latent_folder import LatentFolder, find_latents, open_latents
 from bkd.data.latent_set import LatentSet
-from bkd.data.latent_shards import (
-    LatentDescription,
-    LatentSettings,
-    is_cached,
-    read_description,
-    require_same_settings,
-)
-from bkd.data.shapes_shards import find_sources
+from bkd.data.latent_shards import LatentDescription, LatentSettings, require_same_settings
+from bkd.data.order import WINDOW
+from bkd.data.sources import find_sources
 from bkd.data.survey import DataWish, SurveyedShard, survey
 from bkd.errors import DataError
+from bkd.model_folder import native_resolution
+from bkd.models import best_device, load_pipeline
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -35,19 +32,21 @@ class Caching:
         settings: What they depend on besides the samples.
         wish: Which samples.
         shards: As surveyed; empty when the latents are there.
-        folder: Where the latents are or will be.
+        folder: Where the latents will be.
+        found: The latents that are there.
     """
 
     settings: LatentSettings
     wish: DataWish
-    shards: tuple[SurveyedShard, ...]
-    folder: Path
+    shards: tuple[SurveyedShard, ...] = ()
+    folder: Path = Path()
+    found: LatentFolder | None = None
 
     @property
     def num_samples(self) -> int | None:
         """Wanted samples; None where shards are remote and not counted yet."""
-        if not self.shards:
-            return len(LatentSet(self.folder, self.wish.cache))
+        if self.found is not None:
+            return sum(int(stats["successes"]) for stats in self.found.stats)
         counts = [shard.num_selected for shard in self.shards]
         return None if None in counts else sum(count or 0 for count in counts)
 
@@ -55,11 +54,9 @@ class Caching:
 def plan_caching(
     spec: str,
     teacher: Path,
+    wish: DataWish,
     *,
     resolution: int,
-    cache: Path,
-    caption: str = "txt",
-    filters: Mapping[str, str] | None = None,
     mirrored: bool = False,
     folder: Path | None = None,
     progress: Progress = lambda done, total: None,
@@ -69,10 +66,8 @@ def plan_caching(
     Args:
         spec: SHARDS; a folder of cached latents is taken as it is.
         teacher: Pipeline folder.
+        wish: Which samples.
         resolution: Side of the training images, in pixels.
-        cache: Folder for things that can be made again.
-        caption: `txt` or `json:FIELD`.
-        filters: Field -> comparison; see `bkd.data.filters`.
         mirrored: Whether mirrored images are wanted, too.
         folder: For the latents; a folder of the cache, named by their fingerprint, when not given.
         progress: Called after each shard.
@@ -80,27 +75,31 @@ def plan_caching(
     Raises:
         DataError: If the shards, the filters or the cached latents cannot be used.
     """
-    wish = DataWish(CaptionSource.parse(caption), parse_filters(filters or {}), cache)
     settings = latent_settings(
-        teacher, resolution=resolution, mirrored=mirrored, caption=caption, filters=sorted(map(str, wish.filters))
+        teacher,
+        resolution=resolution,
+        mirrored=mirrored,
+        caption=str(wish.caption),
+        filters=sorted(map(str, wish.filters)),
     )
-    path = Path(spec).expanduser()
-    if is_cached(path):
-        _check_cached(path, settings, asks=bool(filters) or caption != "txt")
-        return Caching(settings, wish, (), path)
-    shards = survey(find_sources(spec, cache), wish, progress)
+    found = find_latents(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib)
+    if found is not None:
+        _check_cached(found, settings, asks=bool(wish.filters) or wish.caption != CaptionSource())
+        return Caching(settings, wish, found=found)
+    sources = find_sources(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib)
+    shards = survey(sources, wish, progress)
     description = LatentDescription(settings, tuple(shard.described() for shard in shards))
-    return Caching(settings, wish, shards, folder or cache / "latents" / description.fingerprint[:16])
+    return Caching(settings, wish, shards, folder or wish.cache / "latents" / description.fingerprint[:16])
 
 
-def _check_cached(path: Path, wanted: LatentSettings, *, asks: bool) -> None:
+def _check_cached(found: LatentFolder, wanted: LatentSettings, *, asks: bool) -> None:
     """Cached latents bring their own captions and filters; only a recipe that asks for others is refused."""
-    there = read_description(path).settings
+    there = found.description.settings
     if not asks:
         wanted = replace(wanted, caption=there.caption, filters=there.filters)
     if not wanted.mirrored:
         wanted = replace(wanted, mirrored=there.mirrored)
-    require_same_settings(there, wanted, path)
+    require_same_settings(there, wanted, found.name)
 
 
 def ensure_latents(
@@ -122,7 +121,7 @@ def ensure_latents(
         overwrite: Whether other latents in the folder may be replaced.
         progress: Called with (done, total) samples.
     """
-    if caching.shards:
+    if caching.found is None:
         encoder = encoder_of(pipe, caching.settings)
         cache_latents(
             caching.shards,
@@ -136,13 +135,68 @@ def ensure_latents(
         )
 
 
-def refuse_cached(spec: str) -> None:
-    """For verbs that work on images.
+def read_latents(caching: Caching, *, window: int = WINDOW) -> LatentSet:
+    """The latents, when all of them are there.
+
+    Args:
+        caching: As planned; `ensure_latents` must have ended.
+        window: Shards that are shuffled together.
+    """
+    return LatentSet(caching.found or open_latents(caching.folder), caching.wish.cache, window=window)
+
+
+def cache_to_folder(
+    spec: str,
+    teacher: Path,
+    output: Path,
+    wish: DataWish,
+    *,
+    resolution: int | None,
+    mirrored: bool,
+    overwrite: bool,
+    rank: int,
+    world_size: int,
+    phase: Callable[[str], None],
+    progress: Progress,
+) -> None:
+    """`bkd data cache`: survey the shards, load the teacher, encode.
+
+    Args:
+        spec: SHARDS.
+        teacher: Pipeline folder.
+        output: Folder for the latents.
+        wish: Which samples.
+        resolution: Side of the images, in pixels; the teacher's own when not given.
+        mirrored: Whether mirrored images are encoded, too.
+        overwrite: Whether other latents in the folder may be replaced.
+        rank: Of this process.
+        world_size: Processes that share the work.
+        phase: Called with one line when something new begins.
+        progress: Called with (done, total).
 
     Raises:
-        DataError: If SHARDS is a folder of cached latents.
+        BkdError: If the shards, the teacher or the folder cannot be used.
     """
-    if is_cached(Path(spec).expanduser()):
+    if find_latents(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib):
         raise DataError(
             "these shards hold cached latents, not images", where=spec, remedy="give the shards they were made from"
         )
+    phase("indexing")
+    caching = plan_caching(
+        spec,
+        teacher,
+        wish,
+        resolution=resolution or native_resolution(teacher),
+        mirrored=mirrored,
+        folder=output,
+        progress=progress,
+    )
+    phase("loading the teacher")
+    pipe = load_pipeline(teacher, device=best_device())
+    phase(f"encoding {counted_images(caching.num_samples)}")
+    ensure_latents(caching, pipe, rank=rank, world_size=world_size, overwrite=overwrite, progress=progress)
+
+
+def counted_images(number: int | None) -> str:
+    """`10,000 images`, or what to say where they are not counted yet."""
+    return "remote shards" if number is None else f"{number:,} images"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import metadata
 
@@ -20,6 +21,11 @@ PACKAGES = (
     "open_clip_torch",
     "torchmetrics",
 )
+
+
+def process_place() -> tuple[int, int]:
+    """This process's rank and how many there are, as `accelerate launch` and `torchrun` say; (0, 1) without them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def installed_version(package: str) -> str | None:

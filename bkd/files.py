@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import threading
@@ -38,6 +39,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     Processes that write the same file at the same time do not meet: the last one's stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.unfinished")
     try:
         with unfinished.open("wb") as stream:
@@ -47,3 +49,11 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete what processes that were killed had written of a file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+        process = left.name.split(".")[-3]
+        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
+            left.unlink(missing_ok=True)

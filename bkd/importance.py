@@ -13,7 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from bkd.calibration import calibration_batches, check_calibratable
-from bkd.data.shapes_shards import find_sources
+from bkd.data.sources import find_sources
 from bkd.files import cache_folder
 from bkd.model_folder import prompt_length, unet_config
 from bkd.models import best_device, load_pipeline

@@ -10,8 +10,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from bkd.caching import Caching, ensure_latents, plan_caching
+from bkd.caching import Caching, counted_images, ensure_latents, plan_caching, read_latents
+from bkd.data.captions import CaptionSource
+from bkd.data.filters import parse_filters
 from bkd.data.latent_set import LatentSet
+from bkd.data.survey import DataWish
 from bkd.errors import ModelError, RecipeError
 from bkd.eval.pictures import save_pairs
 from bkd.files import cache_folder
@@ -96,13 +99,17 @@ def check_inputs(recipe: Recipe, progress: Callable[[int, int], None] = lambda d
             remedy="train.mixed_precision=no",
         )
     plans = tuple(plan_removal(unet_config(teacher), stage.student.blocks) for stage in recipe.stages)
+    wish = DataWish(
+        CaptionSource.parse(recipe.data.caption),
+        parse_filters(recipe.data.filters),
+        _cache(recipe),
+        recipe.data.remote_cache_gib,
+    )
     caching = plan_caching(
         recipe.data.shards,
         teacher,
+        wish,
         resolution=resolution,
-        cache=_cache(recipe),
-        caption=recipe.data.caption,
-        filters=recipe.data.filters,
         mirrored=recipe.data.mirror,
         progress=progress,
     )
@@ -145,18 +152,14 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
     run.record(device=_describe(device), num_threads=torch.get_num_threads(), teacher=recipe.teacher.id)
     listener.phase("loading the teacher")
     pipe = load_pipeline(inputs.teacher, device=device)
-    listener.phase(f"caching latents of {_counted(inputs.caching.num_samples)}")
+    listener.phase(f"caching latents of {counted_images(inputs.caching.num_samples)}")
     ensure_latents(inputs.caching, pipe, progress=listener.progress)
-    data = LatentSet(inputs.caching.folder, _cache(recipe))
+    data = read_latents(inputs.caching, window=recipe.data.shuffle_shards)
     run.require_same("data_fingerprint", data.fingerprint)
     run.record(num_samples=len(data), left_out=dict(data.left_out), bad_samples=dict(data.bad))
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
         _run_stage(recipe, run, number, stage, plan, pipe, data, inputs.teacher, listener)
     run.record(status="done")
-
-
-def _counted(num_samples: int | None) -> str:
-    return "remote shards" if num_samples is None else f"{num_samples:,} images"
 
 
 def _run_stage(

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -21,6 +20,7 @@ from torch import Tensor
 from bkd.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from bkd.data.ahead import map_ahead
 from bkd.data.latent_set import CachedBatch, LatentSet
+from bkd.data.order import share
 from bkd.errors import TrainingError
 from bkd.losses import LossTerms
 from bkd.methods.base import Batch, Method
@@ -206,8 +206,9 @@ class Fit:
         step, number = place
         train, world = self._train, self._accelerator.num_processes
         indices = self._order.batch(step, train.batch)
-        shares = np.array_split(np.arange(train.batch), train.grad_accum * world)
-        positions = shares[number * world + self._accelerator.process_index]
+        self._data.expect(self._order.shards_from(step, train.batch))
+        part = number * world + self._accelerator.process_index
+        positions = share(train.batch, parts=train.grad_accum * world, part=part)
         rng = StepRng(self._seed, step, positions.tolist())
         mirror = (rng.uniform("mirror") < 0.5).tolist() if self._mirror else None
         return self._data.gather(indices[positions], mirror), rng

@@ -17,7 +17,7 @@ LAYERS = [
     {"model_folder", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
     {"methods", "proof", "calibration", "caching"},
     {"run_folder", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
-    {"train", "checkpoint", "tracking", "eval"},
+    {"train", "checkpoint", "tracking", "eval", "pregenerate"},
     {"run"},
     {"report"},
     {"cli", "__main__"},

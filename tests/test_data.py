@@ -3,19 +3,22 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bkd.caching import ensure_latents, plan_caching
+from bkd.caching import ensure_latents, plan_caching, read_latents
+from bkd.data.captions import CaptionSource
 from bkd.data.images import decode_image, to_model_range, to_pixels
 from bkd.data.indexing import index_shard
-from bkd.data.latent_set import LatentSet
 from bkd.data.order import Order
 from bkd.data.shapes import render, scene
 from bkd.data.shards import NewSample, expand_shards, write_shards
+from bkd.data.sources import find_sources
+from bkd.data.survey import DataWish
 from bkd.errors import DataError
 from bkd.rng import StepRng
 
@@ -115,10 +118,12 @@ def test_a_brace_without_partner_is_an_error():
         expand_shards("shards/{00000..00099.tar")
 
 
-@pytest.mark.parametrize("spec", ["pipe:touch /tmp/bkd-was-here", "https://example.org/{0..3}.tar"])
-def test_commands_and_addresses_are_not_shards(spec):
-    with pytest.raises(DataError, match="shards must be files on this machine"):
-        expand_shards(spec)
+@pytest.mark.parametrize(
+    "spec", ["pipe:touch /tmp/bkd-was-here", "ftp://example.org/{0..3}.tar", "file:///etc/{0..3}.tar"]
+)
+def test_commands_and_unknown_addresses_are_not_shards(spec, tmp_path):
+    with pytest.raises(DataError, match="shards are not read from such an address"):
+        find_sources(spec, tmp_path)
 
 
 def test_transparency_is_laid_on_white():
@@ -173,8 +178,9 @@ def test_windows_keep_few_shards_in_use_and_still_show_every_sample_once(window)
         assert sorted(drawn) == list(range(total))
         shards = np.searchsorted(starts, drawn, side="right") - 1
         last_seen = {shard: place for place, shard in enumerate(shards)}
-        open_at = [len({s for s in shards[:place]} & {s for s in last_seen if last_seen[s] >= place}) for place in range(total)]
-        assert max(open_at) <= window
+        for place in range(total):
+            still_needed = {shard for shard, last in last_seen.items() if last >= place}
+            assert len(still_needed & set(shards[:place])) <= window
     for step in range(0, 30, 7):
         needed = {int(np.searchsorted(starts, i, side="right")) - 1 for i in order.batch(step, 2)}
         assert needed <= set(order.shards_from(step, 2))
@@ -198,9 +204,9 @@ def test_randomness_depends_on_position_alone():
 
 def cached(teacher, teacher_folder, spec, cache, **wish):
     """The latents of some shards, in the cache folder."""
-    caching = plan_caching(str(spec), teacher_folder, resolution=32, cache=cache, **wish)
+    caching = plan_caching(str(spec), teacher_folder, DataWish(CaptionSource(), (), cache), resolution=32, **wish)
     ensure_latents(caching, teacher)
-    return LatentSet(caching.folder, cache)
+    return read_latents(caching)
 
 
 def test_cached_latents_are_what_the_autoencoder_says(teacher, teacher_folder, shards, tmp_path):
@@ -235,9 +241,9 @@ def test_an_interrupted_pass_continues_to_the_same_bytes(teacher, teacher_folder
         cached(teacher, teacher_folder, shards[0].parent, tmp_path / "cut")
     data = cached(teacher, teacher_folder, shards[0].parent, tmp_path / "cut")
     assert calls == [64, 32, 32]
-    names = sorted(path.name for path in whole.folder.iterdir() if not path.name.endswith(".bkdindex"))
+    names = sorted(path.name for path in Path(whole.name).iterdir() if not path.name.endswith(".bkdindex"))
     assert names == ["00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json", "bkd_dataset.json"]
-    assert all((whole.folder / name).read_bytes() == (data.folder / name).read_bytes() for name in names)
+    assert all((Path(whole.name) / name).read_bytes() == (Path(data.name) / name).read_bytes() for name in names)
 
 
 def test_the_fingerprint_follows_its_inputs(teacher, teacher_folder, shards, tmp_path):

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from bkd.calibration import calibration_batches
 from bkd.cost import unet_cost
 from bkd.data.indexing import index_shard
-from bkd.data.sources import Source
+from bkd.data.sources import LocalShard
 from bkd.errors import DataError, ModelError, SurgeryError
 from bkd.importance import select, write_importance
 from bkd.models import load_pipeline
@@ -247,7 +247,7 @@ def test_a_selection_is_measured_and_drawn(family, family_folders, shards, tmp_p
 def test_calibration_inputs_are_spread_and_repeatable(family_folders, shards):
     folder = family_folders["sd1"]
     pipe = load_pipeline(folder)
-    first, again = (calibration_batches(folder, pipe, [Source(path) for path in shards], 40) for _ in range(2))
+    first, again = (calibration_batches(folder, pipe, [LocalShard(path) for path in shards], 40) for _ in range(2))
     assert [len(batch["sample"]) for batch in first] == [32, 8]
     assert all(torch.equal(a[name], b[name]) for a, b in zip(first, again, strict=True) for name in a)
     timesteps = torch.cat([batch["timestep"] for batch in first])

@@ -20,7 +20,7 @@ from typing import Any
 from bkd.calibration import calibration_batches
 from bkd.data.shapes import EMBEDDED, scenes
 from bkd.data.shapes_checker import check
-from bkd.data.shapes_shards import find_sources
+from bkd.data.sources import find_sources
 from bkd.eval.generate import generate
 from bkd.eval.pictures import with_unet
 from bkd.eval.statistics import proportion

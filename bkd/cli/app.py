@@ -8,6 +8,7 @@ import typer
 
 from bkd.cli import evaluate, models, ship, train
 from bkd.cli.console import print_error
+from bkd.cli.data import data
 from bkd.errors import BkdError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ for verb in (
     ship.report,
 ):
     app.command(verb.__name__.rstrip("_"))(verb)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

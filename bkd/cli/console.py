@@ -17,6 +17,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from bkd.train import StepReport
 
+WORTH_SHOWING = 3
+"""Seconds after which a log says how far something is."""
 LOG_WIDTH = 120
 """Columns for tables that go to a file or a pipe."""
 console = Console(highlight=False, markup=False)
@@ -67,15 +69,25 @@ def short(number: int) -> str:
 class ProgressView:
     """One bar at a time: what is being done, how far it is, how long it will take."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, rate: str = "") -> None:
+        self._progress, self._rate = progress, rate
         self._task: Any = None
+        self._first: tuple[int, float] | None = None
+
+    def _speed(self, done: int) -> str:
+        """How fast it goes since the phase's first report, such as `120 samples/s`; empty without a unit."""
+        if self._first is None:
+            self._first = (done, time.monotonic())
+        before, started = self._first
+        seconds = time.monotonic() - started
+        return f"{(done - before) / seconds:,.1f} {self._rate}" if self._rate and done > before else ""
 
     def phase(self, text: str) -> None:
         self.close()
         console.print(text)
 
     def update(self, done: int, total: int, text: str = "") -> None:
+        text = text or self._speed(done)
         if self._task is None:
             self._task = self._progress.add_task(text, total=total, completed=0)
         self._progress.update(self._task, completed=done, total=total, description=text)
@@ -91,37 +103,56 @@ class ProgressView:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
+        self._first = None
 
 
 @contextmanager
-def progress_view() -> Iterator[ProgressView]:
-    """A bar with counts and remaining time; plain lines where the output is no terminal."""
+def progress_view(rate: str = "", *, quiet: bool = False) -> Iterator[ProgressView]:
+    """A bar with counts and remaining time; plain lines where the output is no terminal.
+
+    Args:
+        rate: Unit of the speed to show, such as `samples/s`.
+        quiet: Show nothing: for all processes but the first.
+    """
+    if quiet:
+        yield SilentView(Progress(disable=True))
+        return
     # Narrow enough for the three loss terms and the ETA to share 80 columns.
     columns = (TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TextColumn("ETA"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        view = ProgressView(progress) if console.is_terminal else PlainView(progress)
+        view = ProgressView(progress, rate) if console.is_terminal else PlainView(progress, rate)
         yield view
         view.close()
 
 
 class PlainView(ProgressView):
-    """For logs: a line each tenth of the way instead of a bar."""
+    """For logs: a line each tenth of the way instead of a bar; none for what takes a few seconds."""
 
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(progress)
+    def __init__(self, progress: Progress, rate: str = "") -> None:
+        super().__init__(progress, rate)
         self._shown = 0
-        self._first = (0, time.monotonic())
 
     def update(self, done: int, total: int, text: str = "") -> None:
         """Print when a new tenth is reached; the rate is that since the phase's first report."""
-        if self._shown == 0 and self._first[0] == 0:
+        text = text or self._speed(done)
+        if self._first is None:
             self._first = (done, time.monotonic())
         part = done * 10 // max(1, total)
-        if part != self._shown:
+        before, started = self._first
+        if part != self._shown and time.monotonic() - started > WORTH_SHOWING:
             self._shown = part
-            before, started = self._first
             left = (time.monotonic() - started) / max(1, done - before) * (total - done)
             console.print(f"  {done}/{total}  ETA {timedelta(seconds=round(left))}  {text}")
 
     def close(self) -> None:
-        self._shown, self._first = 0, (0, time.monotonic())
+        self._shown, self._first = 0, None
+
+
+class SilentView(ProgressView):
+    """Shows nothing."""
+
+    def phase(self, text: str) -> None:
+        """Nothing."""
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """Nothing."""

@@ -65,11 +65,11 @@ def cache_latents(
         OutputError: If the folder holds something else.
     """
     description = LatentDescription(encoder.settings, tuple(shard.described() for shard in shards))
-    output = open_output_set(folder, MADE_BY, description.facts(), overwrite=overwrite)
+    output = open_output_set(folder, MADE_BY, len(shards), description.facts(), overwrite=overwrite)
     if rank == 0:
-        output.remove_others(len(shards))
+        output.remove_others()
     counts = {number: shards[number].num_selected for number in range(rank, len(shards), world_size)}
-    todo = list(output.unfinished(len(shards), rank=rank, world_size=world_size))
+    todo = output.unfinished(rank=rank, world_size=world_size)
     _check_space(folder, encoder, sum(counts[number] or 0 for number in todo))
     done = sum(counts[number] or 0 for number in counts if number not in todo)
     for number in todo:

@@ -67,6 +67,9 @@ def open_image(encoded: bytes) -> Image.Image:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
             if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
+            if opened.format == "PNG":
+                with Image.open(io.BytesIO(encoded), formats=("PNG",)) as png:
+                    png.verify()  # PNG's checksums; decoding alone does not look at those of pixels
             return _rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # damaged files make decoders raise nearly anything
         raise DataError("image cannot be decoded", got=str(error) or type(error).__name__) from error

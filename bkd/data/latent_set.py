@@ -16,10 +16,10 @@ from torch import Tensor
 
 from bkd.data.index import NO_MEMBER, Extents, ShardIndex, read_member
 from bkd.data.indexing import index_shard
-from bkd.data.latent_shards import npy_array, read_description
-from bkd.data.order import Order
-from bkd.data.output_set import OutputSet
-from bkd.data.stats import shard_stats
+from bkd.data.latent_folder import LatentFolder
+from bkd.data.latent_shards import npy_array
+from bkd.data.order import WINDOW, Order
+from bkd.data.sources import expect
 from bkd.errors import DataError
 
 MAX_BAD_READS = 0.01
@@ -48,25 +48,22 @@ class LatentSet:
     """A cached data set.
 
     Args:
-        folder: With `bkd_latents.json` and all its shards.
+        found: Where its shards are, and what is known of them.
         cache: Folder for indexes that cannot lie beside their shard.
+        window: Shards that are shuffled together.
 
     Raises:
-        DataError: If caching has not finished, or a shard is damaged.
+        DataError: If there is no sample in it.
     """
 
-    def __init__(self, folder: Path, cache: Path) -> None:
-        self.folder, self._cache = folder, cache
-        self.description = read_description(folder)
-        output = OutputSet(folder, self.description.fingerprint)
-        self._paths = [output.path(number) for number in range(len(self.description.sources))]
-        self._require_finished([path.name for path in map(output.path, output.unfinished(len(self._paths)))])
-        stats = [shard_stats(path) for path in self._paths]
-        self.counts = tuple(int(found["successes"]) for found in stats)
-        self.left_out = sum((Counter(found.get("left_out", {})) for found in stats), Counter[str]())
-        self.bad = sum((Counter(found.get("bad", {})) for found in stats), Counter[str]())
+    def __init__(self, found: LatentFolder, cache: Path, *, window: int = WINDOW) -> None:
+        self.name, self.description, self.shards = found.name, found.description, found.shards
+        self._cache, self._window = cache, window
+        self.counts = tuple(int(stats["successes"]) for stats in found.stats)
+        self.left_out = sum((Counter(stats.get("left_out", {})) for stats in found.stats), Counter[str]())
+        self.bad = sum((Counter(stats.get("bad", {})) for stats in found.stats), Counter[str]())
         if not sum(self.counts):
-            raise DataError("the cached data set is empty", where=folder, remedy="cache shards with usable samples")
+            raise DataError("the cached data set is empty", where=self.name, remedy="cache shards with usable samples")
         self._starts = np.cumsum([0, *self.counts])
         self._reads = 0
         self.replaced: Counter[str] = Counter()
@@ -79,17 +76,11 @@ class LatentSet:
         return self.description.fingerprint
 
     def order(self, seed: int) -> Order:
-        return Order(self.counts, seed)
+        return Order(self.counts, seed, self._window)
 
-    def _require_finished(self, missing: Sequence[str]) -> None:
-        if missing:
-            raise DataError(
-                "caching has not finished",
-                where=self.folder,
-                got=f"{len(self._paths) - len(missing)} of {len(self._paths)} shards; missing {missing[0]}"
-                + (" and others" if len(missing) > 1 else ""),
-                remedy="run the same `bkd data cache` again: it continues",
-            )
+    def expect(self, shards: Sequence[int]) -> None:
+        """Say which shards will be read next, by number; remote ones are fetched ahead."""
+        expect([self.shards[number] for number in shards])
 
     def gather(self, indices: NDArray[np.int64], mirror: Sequence[bool] | None = None) -> CachedBatch:
         """Samples by their numbers. One that cannot be read is replaced by the next that can, and counted.
@@ -136,12 +127,12 @@ class LatentSet:
     def _read(self, index: int, mirror: bool) -> dict[str, NDArray[Any]]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[number])
-        path = self._paths[number]
-        members = _index(path, self._cache).members
-        latents = "mirrored" if mirror and _holds(members.get("mirrored.npy"), row) else "moments"
-        found = {"moments": self._array(path, members, latents, row), "ids": self._array(path, members, "ids", row)}
-        for name in ("ids_2", "sizes") if len(self.description.settings.tokenizers) > 1 else ():
-            found[name] = self._array(path, members, name, row)
+        with self.shards[number].hold() as path:
+            members = _index(path, self._cache).members
+            latents = "mirrored" if mirror and _holds(members.get("mirrored.npy"), row) else "moments"
+            found = {"moments": self._array(path, members, latents, row), "ids": self._array(path, members, "ids", row)}
+            for name in ("ids_2", "sizes") if len(self.description.settings.tokenizers) > 1 else ():
+                found[name] = self._array(path, members, name, row)
         return found
 
     @staticmethod

@@ -18,14 +18,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bkd.data.index import ShardIndex
-from bkd.data.output_set import DATASET_FILE, FORMAT, dataset_description, dataset_facts
+from bkd.data.output_set import FORMAT, dataset_description
 from bkd.errors import DataError
 
 MADE_BY = "cache"
@@ -92,7 +91,7 @@ class LatentDescription:
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes a latent or a token id, or their order."""
-        return str(dataset_description(MADE_BY, self.facts())["fingerprint"])
+        return str(dataset_description(MADE_BY, len(self.sources), self.facts())["fingerprint"])
 
     def facts(self) -> dict[str, Any]:
         return {**asdict(self.settings), "sources": [asdict(source) for source in self.sources]}
@@ -199,13 +198,3 @@ def to_record(key: str, arrays: Arrays, metadata: Mapping[str, Any]) -> dict[str
     """A cached sample for `bkd.data.shards.write_shard`."""
     members = {f"{name}.npy": npy_bytes(array) for name, array in arrays.items()}
     return {"__key__": key, **members, "json": json.dumps(metadata, sort_keys=True).encode()}
-
-
-def is_cached(folder: Path) -> bool:
-    """Whether a folder holds cached latents."""
-    return (dataset_facts(folder) or {}).get("made_by") == MADE_BY
-
-
-def read_description(folder: Path) -> LatentDescription:
-    """What a folder's latents were made from and with."""
-    return LatentDescription.of(dataset_facts(folder) or {}, folder / DATASET_FILE)

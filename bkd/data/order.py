@@ -13,6 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from bkd.errors import RecipeError
+
 WINDOW = 16
 """Shards that are shuffled together; 160,000 samples at img2dataset's usual size."""
 
@@ -60,6 +62,27 @@ class Order:
         starts = np.array([0, *ends])[numbers]
         parts = [_window_order(self, epoch, int(w))[(offsets - starts)[numbers == w]] for w in np.unique(numbers)]
         return np.concatenate(parts)
+
+
+def share(batch: int, *, parts: int, part: int) -> NDArray[np.int64]:
+    """Places in the global batch that one part of it holds: parts are runs of equal length, in order.
+
+    A step of `grad_accum` passes on `world_size` processes has their product as parts; process r does parts
+    pass * world_size + r. So every process has as many batches as any other, and none waits for one that never comes.
+
+    Raises:
+        RecipeError: If the batch cannot be divided so.
+    """
+    if batch % parts:
+        raise RecipeError(
+            "the batch cannot be divided evenly",
+            where="train.batch",
+            got=f"{batch} images for {parts} parts (processes times train.grad_accum)",
+            allowed=f"a multiple of {parts}",
+            remedy=f"train.batch={-(-batch // parts) * parts}",
+        )
+    size = batch // parts
+    return np.arange(part * size, (part + 1) * size)
 
 
 @lru_cache(maxsize=4)

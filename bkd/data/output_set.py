@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bkd.data.shards import Record, shard_name, write_shard
 from bkd.data.stats import shard_stats, stats_file
-from bkd.errors import OutputError
+from bkd.errors import DataError, OutputError
 from bkd.files import write_atomically
 
 DATASET_FILE = "bkd_dataset.json"
@@ -25,10 +25,12 @@ class OutputSet:
 
     Attributes:
         folder: Where they lie.
+        num_shards: When all are written.
         fingerprint: Changes with anything that changes their bytes; recorded with each.
     """
 
     folder: Path
+    num_shards: int
     fingerprint: str
 
     def path(self, number: int) -> Path:
@@ -39,14 +41,14 @@ class OutputSet:
         path = self.path(number)
         return path.is_file() and shard_stats(path).get("fingerprint") == self.fingerprint
 
-    def unfinished(self, num_shards: int, *, rank: int = 0, world_size: int = 1) -> Iterator[int]:
+    def unfinished(self, *, rank: int = 0, world_size: int = 1) -> list[int]:
         """The shards that this process still has to write: every `world_size`-th is its own."""
-        return (number for number in range(rank, num_shards, world_size) if not self.is_finished(number))
+        return [number for number in range(rank, self.num_shards, world_size) if not self.is_finished(number)]
 
-    def remove_others(self, num_shards: int) -> None:
+    def remove_others(self) -> None:
         """Delete shards beyond the last, which a replaced data set has left."""
         for path in self.folder.glob("[0-9]*.tar"):
-            if path.stem.isdigit() and int(path.stem) >= num_shards:
+            if path.stem.isdigit() and int(path.stem) >= self.num_shards:
                 for part in (stats_file(path), path, *self.folder.glob(f"{path.name}.*")):
                     part.unlink(missing_ok=True)
 
@@ -64,19 +66,39 @@ def dataset_facts(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def open_output_set(folder: Path, made_by: str, settings: Mapping[str, Any], *, overwrite: bool = False) -> OutputSet:
+def require_finished(output: OutputSet) -> None:
+    """Refuse a folder that a stopped or replaced `bkd data` left with a part of a data set, or parts of two.
+
+    Raises:
+        DataError: Naming a shard that is not there yet.
+    """
+    if unfinished := output.unfinished():
+        made_by = (dataset_facts(output.folder) or {}).get("made_by")
+        raise DataError(
+            "this data set has not been written to its end",
+            where=output.folder,
+            got=f"{output.num_shards - len(unfinished)} of {output.num_shards} shards; "
+            f"{output.path(unfinished[0]).name} is missing",
+            remedy=f"run the same `bkd data {made_by}` again: it continues",
+        )
+
+
+def open_output_set(
+    folder: Path, made_by: str, num_shards: int, settings: Mapping[str, Any], *, overwrite: bool = False
+) -> OutputSet:
     """Begin or continue a data set.
 
     Args:
         folder: Output; new, empty, or an unfinished or finished data set of the same settings.
         made_by: The verb.
-        settings: Everything that the shards' bytes depend on; plain JSON.
+        num_shards: That there will be.
+        settings: Everything else that the shards' bytes depend on; plain JSON.
         overwrite: Whether a data set of other settings may be replaced; its shards are, one by one.
 
     Raises:
         OutputError: If the folder holds anything else; names the settings that differ.
     """
-    wanted = dataset_description(made_by, settings)
+    wanted = dataset_description(made_by, num_shards, settings)
     there = dataset_facts(folder)
     if there is None:
         _require_empty(folder)
@@ -89,12 +111,19 @@ def open_output_set(folder: Path, made_by: str, settings: Mapping[str, Any], *, 
             remedy="choose another -o, or add --overwrite",
         )
     write_atomically(folder / DATASET_FILE, json.dumps(wanted, indent=1) + "\n")
-    return OutputSet(folder, wanted["fingerprint"])
+    return OutputSet(folder, num_shards, wanted["fingerprint"])
 
 
-def dataset_description(made_by: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def described_set(folder: Path) -> OutputSet | None:
+    """The data set that `bkd data` has begun in a folder; None where it has not."""
+    facts = dataset_facts(folder) or {}
+    num_shards, fingerprint = facts.get("num_shards"), facts.get("fingerprint")
+    return OutputSet(folder, num_shards, fingerprint) if isinstance(num_shards, int) and fingerprint else None
+
+
+def dataset_description(made_by: str, num_shards: int, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `bkd_dataset.json` will say, with its fingerprint."""
-    facts = {"format": FORMAT, "made_by": made_by, **settings}
+    facts = {"format": FORMAT, "made_by": made_by, "num_shards": num_shards, **settings}
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     described: dict[str, Any] = json.loads(json.dumps({**facts, "fingerprint": fingerprint}))  # lists for tuples
     return described

@@ -11,9 +11,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from bkd.data.shapes import EMBEDDED, SIDE, WORLD_VERSION, Split, render, scene
-from bkd.data.shards import NewSample, expand_shards, write_shards
-from bkd.data.sources import Source
+from bkd.data.shapes import SIDE, WORLD_VERSION, Split, render, scene
+from bkd.data.shards import NewSample, write_shards
 
 NUM_TRAIN = 10_000
 
@@ -34,15 +33,6 @@ def ensure_shapes_shards(cache: Path, *, split: Split = "train", num_samples: in
         write_shards(shapes_samples(split, num_samples, seed=seed), unfinished)
         unfinished.rename(folder)
     return folder
-
-
-def find_sources(spec: str, cache: Path) -> list[Source]:
-    """The shards that SHARDS means; `shapes` is the embedded world.
-
-    Raises:
-        DataError: If nothing matches.
-    """
-    return [Source(path) for path in expand_shards(str(ensure_shapes_shards(cache)) if spec == EMBEDDED else spec)]
 
 
 def shapes_samples(split: Split, num_samples: int, *, seed: int = 0) -> Iterator[NewSample]:

@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
+
+from bkd.data.copies import LocalCopies
+from bkd.data.output_set import described_set, require_finished
+from bkd.data.remote import expand_remote, is_remote, public_name
+from bkd.data.shapes import EMBEDDED
+from bkd.data.shapes_shards import ensure_shapes_shards
+from bkd.data.shards import expand_shards
+
+REMOTE_CACHE_GIB = 50.0
+
+
+class Source(Protocol):
+    """A shard, wherever it is.
+
+    Attributes:
+        name: What may be shown and stored of it.
+        is_remote: Whether it must be fetched to be read.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_remote(self) -> bool: ...
+
+    def identity(self) -> str:
+        """Of a remote shard: changes with its contents, and is known before it is fetched."""
+        ...
+
+    @contextmanager
+    def hold(self) -> Iterator[Path]:
+        """The shard on this machine, for as long as the block lasts."""
+        ...
 
 
 @dataclass(frozen=True)
-class Source:
-    """A shard.
-
-    Attributes:
-        path: Of the tar.
-    """
+class LocalShard:
+    """A tar on this machine."""
 
     path: Path
     is_remote = False
@@ -24,9 +56,70 @@ class Source:
         return self.path.name
 
     def identity(self) -> str:
-        raise NotImplementedError
+        raise NotImplementedError("a local shard is known by its index")
 
     @contextmanager
     def hold(self) -> Iterator[Path]:
-        """The shard on this machine, for as long as the block lasts."""
         yield self.path
+
+
+@dataclass(frozen=True)
+class RemoteShard:
+    """A tar at an address.
+
+    Attributes:
+        url: With whatever token it needs; never shown or stored.
+        copies: Where its copy is kept.
+    """
+
+    url: str
+    copies: LocalCopies
+    is_remote = True
+
+    @property
+    def name(self) -> str:
+        return public_name(self.url).rpartition("/")[2]
+
+    def identity(self) -> str:
+        found = self.copies.describe(self.url)
+        return hashlib.sha256(f"{public_name(self.url)} {found.size} {found.etag}".encode()).hexdigest()
+
+    @contextmanager
+    def hold(self) -> Iterator[Path]:
+        with self.copies.hold(self.url) as path:
+            yield path
+
+
+def find_sources(spec: str, cache: Path, *, remote_cache_gib: float = REMOTE_CACHE_GIB) -> list[Source]:
+    """The shards that SHARDS means; `shapes` is the embedded world.
+
+    Args:
+        spec: A tar, a folder, a glob, a brace pattern or an address.
+        cache: Folder for things that can be made again.
+        remote_cache_gib: Bound of the copies of remote shards.
+
+    Raises:
+        DataError: If nothing matches, an address is of another kind, or a folder is still being written by `bkd data`.
+    """
+    if is_remote(spec) or spec.startswith("pipe:"):
+        copies = local_copies(cache, remote_cache_gib)
+        return [RemoteShard(url, copies) for url in expand_remote(spec)]
+    if spec == EMBEDDED:
+        spec = str(ensure_shapes_shards(cache))
+    paths = expand_shards(spec)
+    if (output := described_set(Path(spec).expanduser())) is not None:
+        require_finished(output)
+    return [LocalShard(path) for path in paths]
+
+
+@lru_cache(maxsize=8)
+def local_copies(cache: Path, remote_cache_gib: float) -> LocalCopies:
+    """The copies of remote shards: one bound for all data sets of a cache folder."""
+    return LocalCopies(cache / "remote", max_bytes=round(remote_cache_gib * 2**30))
+
+
+def expect(shards: Sequence[Source]) -> None:
+    """Say which shards will be read next; remote ones are fetched ahead."""
+    remote = [shard for shard in shards if isinstance(shard, RemoteShard)]
+    if remote:
+        remote[0].copies.want([shard.url for shard in remote])

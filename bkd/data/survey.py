@@ -13,7 +13,7 @@ from bkd.data.captions import CaptionSource
 from bkd.data.filters import Filter, Selection, select
 from bkd.data.indexing import index_shard
 from bkd.data.latent_shards import SourceShard, identity_of
-from bkd.data.sources import Source
+from bkd.data.sources import REMOTE_CACHE_GIB, Source
 from bkd.errors import DataError
 
 Progress = Callable[[int, int], None]
@@ -28,11 +28,13 @@ class DataWish:
         caption: Where captions come from.
         filters: What a sample must pass.
         cache: Folder for things that can be made again.
+        remote_cache_gib: Bound of the copies of remote shards in it.
     """
 
     caption: CaptionSource
     filters: tuple[Filter, ...]
     cache: Path
+    remote_cache_gib: float = REMOTE_CACHE_GIB
 
     def select(self, shard: Path) -> Selection:
         """The wanted samples of a shard on this machine."""

@@ -21,12 +21,13 @@ def generate(
     num_inference_steps: int,
     guidance_scale: float,
     seed: int = 0,
+    first: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """One image for each prompt.
 
-    Image i starts from noise of a generator of its own, seeded by (seed, i): two models draw from the same noise, and
-    the size of the batch changes nothing.
+    Image i starts from noise of a generator of its own, seeded by (seed, first + i): two models draw from the same
+    noise, and the size of the batch changes nothing.
 
     Args:
         pipe: Any stock text-to-image pipeline of the Stable Diffusion family.
@@ -34,6 +35,7 @@ def generate(
         num_inference_steps: Denoising steps.
         guidance_scale: Of classifier-free guidance; 1 for none.
         seed: 0 or more.
+        first: Number of the first image.
         progress: Called with (done, N).
 
     Returns:
@@ -44,7 +46,7 @@ def generate(
     images = []
     for start in range(0, len(prompts), batch):
         chunk = list(prompts[start : start + batch])
-        generators = [torch.Generator().manual_seed((seed << 32) + start + i) for i in range(len(chunk))]
+        generators = [torch.Generator().manual_seed((seed << 32) + first + start + i) for i in range(len(chunk))]
         decoded = pipe(
             chunk,
             num_inference_steps=num_inference_steps,

@@ -42,6 +42,8 @@ class Data:
         caption: `txt` for KEY.txt, or `json:FIELD` for a field of KEY.json.
         filters: Metadata field -> what it must be, such as `aesthetic: '>= 6.5, missing drop'`.
         mirror: Whether every other draw of an image is mirrored; never where the caption says left or right.
+        shuffle_shards: Shards whose samples are shuffled together.
+        remote_cache_gib: Bound of the local copies of remote shards; twice `shuffle_shards` of them should fit.
         resolution: Side of the training images in pixels; the teacher's own when not given.
         cache_dir: Where latents are kept; `$BKD_CACHE` or `~/.cache/bkd` when not given.
     """
@@ -51,6 +53,8 @@ class Data:
     caption: str = "txt"
     filters: Mapping[str, str] = field(default_factory=dict)
     mirror: bool = False
+    shuffle_shards: int = 16
+    remote_cache_gib: float = 50.0
     resolution: int | None = None
     cache_dir: str | None = None
 
@@ -181,6 +185,8 @@ class Recipe:
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "data.resolution": (8, 8192),
+    "data.shuffle_shards": (1, 1_000_000),
+    "data.remote_cache_gib": (0.001, 1e9),
     "train.batch": (1, 1_000_000),
     "train.grad_accum": (1, 1_000_000),
     "train.lr": (0, 10),
@@ -205,6 +211,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 FREE_KEYS = (
     "data.cache_dir",
+    "data.remote_cache_gib",
     "train.grad_accum",
     "train.checkpoint_every",
     "train.keep_checkpoints",

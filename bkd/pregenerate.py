@@ -1,0 +1,204 @@
+"""Shards drawn by a teacher from prompts: what a student learns from where no pictures are to be had."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from bkd.data.images import images_at_once
+from bkd.data.indexing import index_shard
+from bkd.data.metadata import caption_of
+from bkd.data.output_set import OutputSet, open_output_set
+from bkd.data.shards import NewSample, Record, to_record
+from bkd.errors import DataError
+from bkd.eval.generate import MAX_BATCH, generate
+from bkd.files import cache_folder
+from bkd.locate import locate
+from bkd.model_folder import model_digest, native_resolution
+from bkd.models import best_device, load_pipeline
+
+SAMPLES_PER_SHARD = 1000
+"""Fewer than a download's: a stop loses at most one shard's images."""
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How images are drawn and stored.
+
+    Attributes:
+        num_inference_steps: Denoising steps.
+        guidance_scale: Of classifier-free guidance; 1 for none.
+        seed: Image i starts from noise of a generator of its own, seeded by (seed, i).
+        extension: `png` keeps every pixel; `jpg` (quality 95, no chroma subsampling) takes about a fourth of the space.
+        per_shard: Images in a shard.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int = 0
+    extension: str = "png"
+    per_shard: int = SAMPLES_PER_SHARD
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        DataError: If there is no such file, or it is not UTF-8, or holds no prompt.
+    """
+    if not path.is_file():
+        raise DataError("no such file of prompts", where=path, allowed="a text file with a prompt on each line")
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    lines = [(number, caption_of(line)) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
+    if bad := next((number for number, text in lines if text is None), None):
+        raise DataError("prompts must be UTF-8", where=path, got=f"other bytes in line {bad}")
+    if not lines:
+        raise DataError("the file holds no prompt", where=path, allowed="a prompt on each line")
+    return [text for _, text in lines if text]
+
+
+def generate_shards(
+    pipe: Any,
+    teacher: Path,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    folder: Path,
+    *,
+    cache: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Draw every prompt that has not been drawn yet, into img2dataset-like shards.
+
+    Shard n holds prompts n * per_shard on, and is drawn in the same batches whoever draws it: the bytes do not depend
+    on the number of processes, nor on stops in between.
+
+    Args:
+        pipe: The teacher, loaded.
+        teacher: Its pipeline folder.
+        prompts: One for each image.
+        drawing: See `Drawing`.
+        folder: Output.
+        cache: Folder for indexes.
+        rank: Of this process: it draws every `world_size`-th shard.
+        world_size: Processes that share the work.
+        overwrite: Whether a data set of other settings may be replaced.
+        progress: Called with images of this process's share.
+
+    Raises:
+        OutputError: If the folder holds something else.
+    """
+    settings = {
+        **asdict(drawing),
+        "teacher": model_digest(teacher),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "num_prompts": len(prompts),
+    }
+    num_shards = -(-len(prompts) // drawing.per_shard)
+    output = open_output_set(folder, "generate", num_shards, settings, overwrite=overwrite)
+    if rank == 0:
+        output.remove_others()
+    sizes = [len(range(len(prompts))[_slice(n, drawing)]) for n in range(num_shards)]
+    todo = output.unfinished(rank=rank, world_size=world_size)
+    total = sum(sizes[rank::world_size])
+    done = total - sum(sizes[number] for number in todo)
+    progress(done, total)
+    for number in todo:
+        _generate_shard(output, number, pipe, teacher, prompts, drawing, partial(_report, progress, done, total))
+        index_shard(output.path(number), cache)
+        done += sizes[number]
+
+
+def _report(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def generate_with(
+    model: str,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    folder: Path,
+    *,
+    rank: int,
+    world_size: int,
+    overwrite: bool,
+    progress: Progress,
+) -> None:
+    """`bkd data generate`: find the teacher, load it on this process's device, draw."""
+    teacher = locate(model)
+    pipe = load_pipeline(teacher, device=best_device())
+    generate_shards(
+        pipe,
+        teacher,
+        prompts,
+        drawing,
+        folder,
+        cache=cache_folder(),
+        rank=rank,
+        world_size=world_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _slice(number: int, drawing: Drawing) -> slice:
+    return slice(number * drawing.per_shard, (number + 1) * drawing.per_shard)
+
+
+def _generate_shard(
+    output: OutputSet,
+    number: int,
+    pipe: Any,
+    teacher: Path,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    report: Callable[[int], None],
+) -> None:
+    indices = range(len(prompts))[_slice(number, drawing)]
+    side = native_resolution(teacher)
+    batch = images_at_once(side, MAX_BATCH)
+
+    def records() -> Iterator[Record]:
+        for start in range(0, len(indices), batch):
+            chunk = indices[start : start + batch]
+            images = generate(
+                pipe,
+                [prompts[index] for index in chunk],
+                num_inference_steps=drawing.num_inference_steps,
+                guidance_scale=drawing.guidance_scale,
+                seed=drawing.seed,
+                first=chunk[0],
+            )
+            for index, image in zip(chunk, images, strict=True):
+                yield to_record(number, index - indices[0], _sample(image, prompts[index], index, drawing))
+            report(start + len(chunk))
+
+    output.write(number, records())
+
+
+def _sample(image: Tensor, prompt: str, index: int, drawing: Drawing) -> NewSample:
+    encoded = io.BytesIO()
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    options = {"format": "PNG"} if drawing.extension == "png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
+    picture.save(encoded, **options)
+    size = {"width": picture.width, "height": picture.height}
+    original = {f"original_{name}": side for name, side in size.items()}
+    drawn = {"seed": drawing.seed, "image_number": index, "guidance_scale": drawing.guidance_scale}
+    return NewSample(
+        image=encoded.getvalue(),
+        extension=drawing.extension,
+        caption=prompt,
+        metadata={**size, **original, **drawn, "num_inference_steps": drawing.num_inference_steps},
+    )
