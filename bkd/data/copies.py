@@ -23,7 +23,8 @@ from bkd.data.remote import RemoteFile, describe, fetch, public_name
 from bkd.errors import DataError
 
 LOCK_SUFFIX = ".lock"
-WAIT_FOR_ROOM_SECONDS = 60.0
+WAIT_SECONDS = 60.0
+"""For other processes to let go of a copy."""
 POLL_SECONDS = 0.1
 KEY = "data.remote_cache_gib"
 
@@ -77,7 +78,7 @@ class LocalCopies:
         """The copy of a file, fetched if need be; it stays for as long as the block lasts.
 
         Raises:
-            DataError: If it cannot be fetched, or is larger than `max_bytes`.
+            DataError: If it cannot be fetched, there is no room for it, or somebody reads an older version of it.
         """
         with self._copied(url, spare=()) as path:
             yield path
@@ -112,7 +113,7 @@ class LocalCopies:
                         pass
                 except NoRoom:
                     break
-                except DataError:
+                except Exception:  # it comes up again, and is raised, when the file is held
                     continue
 
     @contextmanager
@@ -126,12 +127,22 @@ class LocalCopies:
         remote = self.describe(url)
         path = self._folder / local_name(url)
         with _opened(_lock_file(path)) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            give_up = None
+            fcntl.flock(lock, fcntl.LOCK_SH)  # waits for whoever fetches it
             while not _is_copy_of(path, lock, remote):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _is_copy_of(path, lock, remote):  # nobody else was faster
-                    self._fetch_copy(url, path, lock, remote, spare)
-                fcntl.flock(lock, fcntl.LOCK_SH)  # it may be removed between the two, hence the loop
+                if _try_alone(lock):
+                    if not _is_copy_of(path, lock, remote):  # nobody else was faster
+                        self._fetch_copy(url, path, lock, remote, spare)
+                else:  # somebody was faster, or reads an older version
+                    give_up = give_up or time.monotonic() + WAIT_SECONDS
+                    if time.monotonic() > give_up:
+                        raise DataError(
+                            "another process reads an older version of a remote file",
+                            where=public_name(url),
+                            remedy="run the same command again when that process has ended",
+                        )
+                    time.sleep(POLL_SECONDS)
+                fcntl.flock(lock, fcntl.LOCK_SH)  # it may be removed between the two locks, hence the loop
             os.utime(lock.fileno())
             yield path
 
@@ -139,7 +150,7 @@ class LocalCopies:
         _remove(path)
         self._make_room(url, path, lock, remote, spare)
         try:
-            self._fetch(url, path)
+            self._fetch(url, path, progress=self._require_open)
             size = path.stat().st_size
             if size != remote.size:
                 self._known.pop(url, None)
@@ -154,11 +165,16 @@ class LocalCopies:
             if not path.is_file():
                 lock.truncate(0)
 
+    def _require_open(self, done: int, total: int) -> None:
+        """Ends a copy in the background when nobody will need it."""
+        if self._closed:
+            raise NoRoom
+
     def _make_room(self, url: str, path: Path, lock: IO[str], remote: RemoteFile, spare: Sequence[str]) -> None:
         """Remove copies, the least recently used first, until this one fits; its lock file then claims the room."""
         if remote.size > self._max_bytes:
             raise self._too_small(url, remote.size, "this file alone")
-        give_up = time.monotonic() + WAIT_FOR_ROOM_SECONDS
+        give_up = time.monotonic() + WAIT_SECONDS
         while True:
             with _opened(self._folder / f"room{LOCK_SUFFIX}") as room:
                 fcntl.flock(room, fcntl.LOCK_EX)
@@ -177,7 +193,8 @@ class LocalCopies:
     def _remove_others(self, path: Path, size: int, spare: set[str]) -> bool:
         sizes = {copy: taken for copy in self._copies() if copy != path and (taken := _taken(copy))}
         excess = sum(sizes.values()) + size - self._max_bytes
-        for copy in sorted(sizes, key=_last_use):
+        wanted = {local_name(other) for other in self._wanted}
+        for copy in sorted(sizes, key=lambda copy: (copy.name in wanted, _last_use(copy))):
             if excess <= 0:
                 break
             if copy.name not in spare and _remove_if_unused(copy):
@@ -244,12 +261,20 @@ def _last_use(path: Path) -> float:
 
 
 def _remove_if_unused(path: Path) -> bool:
-    with _opened(_lock_file(path)) as lock, suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _opened(_lock_file(path)) as lock:
+        if not _try_alone(lock):
+            return False
         _remove(path)
         lock.truncate(0)
         return True
-    return False
+
+
+def _try_alone(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:

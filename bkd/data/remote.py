@@ -116,7 +116,9 @@ def expand_remote(spec: str) -> list[str]:
         )
     found: set[str] = set()
     for url in urls:
-        found.update(_expand_s3(url) if check_scheme(url) == "s3" else [_single(url)])
+        scheme = check_scheme(url)
+        plain = scheme + url[len(scheme) :]  # s3fs knows it in lower case only
+        found.update(_expand_s3(plain) if scheme == "s3" else [_single(plain)])
     if not found:
         raise DataError(
             "no shards found",
