@@ -137,7 +137,7 @@ def test_a_foreign_shard_is_refused_or_gives_its_pictures(original, tmp_path, bo
     rng, path = random.Random(3), tmp_path / "foreign.tar"
     whole = gnu_tar(original)
     prepare(path, whole)
-    pictures = {found for found in contents(path, caption=False).values()}
+    pictures = set(contents(path, caption=False).values())
     assert len(pictures) == NUM_SAMPLES and None not in pictures
     outcomes = {"refused": 0, "read": 0}
     for _ in range(CASES):
