@@ -20,8 +20,9 @@ from bkd.eval.pictures import save_pairs
 from bkd.files import cache_folder
 from bkd.locate import locate
 from bkd.methods.base import Diffusion
+from bkd.methods.captions import caption_encoder
 from bkd.methods.kd import KnowledgeDistillation
-from bkd.model_folder import is_inpainting, is_sdxl, model_digest, native_resolution, unet_config
+from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config
 from bkd.models import best_device, load_noise_schedule, load_pipeline
 from bkd.recipe.schema import Recipe, Stage
 from bkd.run_folder import RunFolder
@@ -117,19 +118,13 @@ def check_inputs(recipe: Recipe, progress: Callable[[int, int], None] = lambda d
 
 
 def _check_trainable(recipe: Recipe, teacher: Path) -> None:
-    """Refuse teachers that can be pruned but not yet distilled."""
-    config = unet_config(teacher)
-    reason = None
-    if is_inpainting(config):
-        reason = "an inpainting UNet learns from masks, and the shards have none"
-    elif is_sdxl(config):
-        reason = "SDXL's second text encoder and size conditioning are not cached with the latents"
-    if reason:
+    """Refuse teachers that can be pruned, but not distilled on captioned images."""
+    if is_inpainting(unet_config(teacher)):
         raise ModelError(
             "this teacher's students can be pruned, but not distilled",
             where=recipe.teacher.id,
-            got=reason,
-            allowed="Stable Diffusion 1.x and 2.x text-to-image teachers",
+            got="an inpainting UNet learns from masks, and the shards have none",
+            allowed="text-to-image teachers: Stable Diffusion 1.x and 2.x, SDXL",
             remedy="bkd prune writes a student that other training code can take",
         )
 
@@ -230,12 +225,10 @@ def _add_seconds(run: RunFolder, stage: int, seconds: float) -> None:
 
 
 def _diffusion(recipe: Recipe, pipe: StableDiffusionPipeline, teacher_folder: Path) -> Diffusion:
-    empty = pipe.tokenizer([""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     return Diffusion(
         schedule=load_noise_schedule(teacher_folder),
         scaling_factor=pipe.vae.config.scaling_factor,
-        text_encoder=pipe.text_encoder,
-        empty_ids=empty,
+        captions=caption_encoder(pipe),
         prompt_dropout=recipe.train.prompt_dropout,
     )
 

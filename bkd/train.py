@@ -23,7 +23,7 @@ from bkd.data.latent_set import CachedBatch, LatentSet
 from bkd.data.order import share
 from bkd.errors import TrainingError
 from bkd.losses import LossTerms
-from bkd.methods.base import Batch, Method
+from bkd.methods.base import Method
 from bkd.models import best_device
 from bkd.recipe.schema import Train
 from bkd.rng import StepRng
@@ -175,9 +175,8 @@ class Fit:
         num_passes = self._train.grad_accum
         losses = []
         for cached, rng in islice(loaded, num_passes):
-            batch = Batch.of(cached, self._accelerator.device)
             with self._accelerator.autocast():
-                terms = self._method.loss(batch, rng)
+                terms = self._method.loss(cached.to(self._accelerator.device), rng)
             self._accelerator.backward(terms.total / num_passes)
             losses.append(terms)
         clip = self._train.max_grad_norm or math.inf

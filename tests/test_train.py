@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from bkd.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import TrainingError
-from bkd.methods.base import Batch, Diffusion
+from bkd.methods.base import Diffusion
+from bkd.methods.captions import caption_encoder
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.models import load_noise_schedule
 from bkd.recipe.schema import LossWeights, Train
@@ -34,8 +35,7 @@ def kd(teacher, teacher_folder, preset="sd-tiny", weights=None, sites="block"):
     diffusion = Diffusion(
         schedule=load_noise_schedule(teacher_folder),
         scaling_factor=teacher.vae.config.scaling_factor,
-        text_encoder=teacher.text_encoder,
-        empty_ids=teacher.tokenizer([""], padding="max_length", return_tensors="pt").input_ids,
+        captions=caption_encoder(teacher),
         prompt_dropout=0.25,
     )
     return KnowledgeDistillation(
@@ -54,7 +54,7 @@ def fit(method, data, folder, on_step=lambda report: None, **settings):
 
 
 def one_batch(data, step=0):
-    return Batch.of(data.gather(np.arange(8)), torch.device("cpu")), StepRng(0, step, range(8))
+    return data.gather(np.arange(8)), StepRng(0, step, range(8))
 
 
 def test_an_identical_student_has_nothing_to_learn_from_its_teacher(teacher, teacher_folder, data):
@@ -185,8 +185,9 @@ def test_prompt_dropout_replaces_captions_by_the_empty_prompt(teacher, teacher_f
     batch, _ = one_batch(data)
     drawn = [diffusion.draw(batch, StepRng(0, step, range(8))) for step in range(8)]
     with torch.no_grad():
-        empty = teacher.text_encoder(diffusion.empty_ids)[0]
-    dropped = sum(torch.allclose(e, empty[0]) for d in drawn for e in d.prompt_embeds)
+        ids = teacher.tokenizer([""], padding="max_length", return_tensors="pt").input_ids
+        empty = teacher.text_encoder(ids)[0]
+    dropped = sum(torch.allclose(e, empty[0]) for d in drawn for e in d.conditioning.prompt_embeds)
     assert 8 <= dropped <= 26  # a quarter of 64
 
 

@@ -29,7 +29,7 @@ FREE_BAD_READS = 16
 
 @dataclass(frozen=True)
 class CachedBatch:
-    """Cached samples, on the CPU.
+    """Cached samples: one forward pass's worth.
 
     Attributes:
         moments: (B, 2C, h, w), float32: posterior mean, then deviation, before the scaling factor.
@@ -42,6 +42,11 @@ class CachedBatch:
     token_ids: Tensor
     token_ids_2: Tensor | None = None
     sizes: Tensor | None = None
+
+    def to(self, device: torch.device) -> CachedBatch:
+        """The same samples on a device."""
+        second, sizes = (None if each is None else each.to(device) for each in (self.token_ids_2, self.sizes))
+        return CachedBatch(self.moments.to(device), self.token_ids.to(device), second, sizes)
 
 
 class LatentSet:

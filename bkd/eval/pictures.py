@@ -21,7 +21,8 @@ LINE = 14
 
 def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """The same pipeline with another UNet; nothing is copied."""
-    other: StableDiffusionPipeline = type(pipe)(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
+    no_checker = {"requires_safety_checker": False} if "safety_checker" in pipe.components else {}
+    other: StableDiffusionPipeline = type(pipe)(**{**pipe.components, "unet": unet}, **no_checker)
     other.set_progress_bar_config(disable=True)
     return other
 

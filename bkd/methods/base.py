@@ -6,31 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from bkd.data.latent_set import CachedBatch
 from bkd.diffusion import NoiseSchedule
 from bkd.losses import LossTerms
+from bkd.methods.captions import CaptionEncoder, Conditioning
 from bkd.rng import StepRng
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass's worth of cached samples, on the training device.
-
-    Attributes:
-        moments: (B, 2C, h, w), float32: posterior mean and deviation, before the scaling factor.
-        token_ids: (B, L), int64.
-    """
-
-    moments: Tensor
-    token_ids: Tensor
-
-    @classmethod
-    def of(cls, cached: CachedBatch, device: torch.device) -> Batch:
-        """Cached samples, moved to a device."""
-        return cls(cached.moments.to(device), cached.token_ids.to(device))
 
 
 class Method(Protocol):
@@ -44,7 +26,7 @@ class Method(Protocol):
     trainable: nn.Module
     forward: Callable[..., object]
 
-    def loss(self, batch: Batch, rng: StepRng) -> LossTerms:
+    def loss(self, batch: CachedBatch, rng: StepRng) -> LossTerms:
         """The loss of one forward pass; all randomness comes from `rng`."""
         ...
 
@@ -58,35 +40,44 @@ class NoisyBatch:
         noise: Same shape.
         timesteps: (B,), int64.
         noisy_latents: Same shape as `latents`.
-        prompt_embeds: (B, L, D).
+        conditioning: What the UNet is told besides.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     noisy_latents: Tensor
-    prompt_embeds: Tensor
+    conditioning: Conditioning
+
+    def predict(self, unet: Callable[..., object]) -> Tensor:
+        """A UNet's output for this batch, of the shape of the latents."""
+        output: Tensor = unet(  # type: ignore[index]
+            self.noisy_latents,
+            self.timesteps,
+            self.conditioning.prompt_embeds,
+            added_cond_kwargs=dict(self.conditioning.added) or None,
+            return_dict=False,
+        )[0]
+        return output
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion:
-    """The frozen surroundings of a UNet in training: schedule, latent scale and text encoder.
+    """The frozen surroundings of a UNet in training: schedule, latent scale and text encoders.
 
     Attributes:
         schedule: Noise schedule and prediction type.
         scaling_factor: Of the autoencoder.
-        text_encoder: Frozen, in eval mode.
-        empty_ids: (1, L), token ids of the empty prompt.
+        captions: From token ids to conditioning.
         prompt_dropout: Share of captions replaced by the empty prompt.
     """
 
     schedule: NoiseSchedule
     scaling_factor: float
-    text_encoder: nn.Module
-    empty_ids: Tensor
+    captions: CaptionEncoder
     prompt_dropout: float
 
-    def draw(self, batch: Batch, rng: StepRng) -> NoisyBatch:
+    def draw(self, batch: CachedBatch, rng: StepRng) -> NoisyBatch:
         """Sample latents, captions, timesteps and noise for a batch."""
         device = batch.moments.device
         mean, std = batch.moments.chunk(2, dim=1)
@@ -95,8 +86,5 @@ class Diffusion:
         noise = rng.normal("noise", shape).to(device)
         timesteps = rng.integers("timestep", self.schedule.num_train_timesteps).to(device)
         dropped = (rng.uniform("prompt_dropout") < self.prompt_dropout).to(device)
-        token_ids = torch.where(dropped[:, None], self.empty_ids.to(device), batch.token_ids)
-        with torch.no_grad():
-            prompt_embeds = self.text_encoder(token_ids)[0]
         noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
-        return NoisyBatch(latents, noise, timesteps, noisy_latents, prompt_embeds)
+        return NoisyBatch(latents, noise, timesteps, noisy_latents, self.captions(batch, dropped))

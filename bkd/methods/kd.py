@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from bkd.data.latent_set import CachedBatch
 from bkd.hooks import FeatureTap
 from bkd.losses import LossTerms, feature_kd_loss, output_kd_loss, task_loss
-from bkd.methods.base import Batch, Diffusion
+from bkd.methods.base import Diffusion
 from bkd.recipe.schema import LossWeights
 from bkd.rng import StepRng
 from bkd.surgery.plan import FeaturePair
@@ -46,15 +47,14 @@ class KnowledgeDistillation:
             "feature_kd_loss": weights.feature_kd,
         }
 
-    def loss(self, batch: Batch, rng: StepRng) -> LossTerms:
+    def loss(self, batch: CachedBatch, rng: StepRng) -> LossTerms:
         drawn = self._diffusion.draw(batch, rng)
-        inputs = (drawn.noisy_latents, drawn.timesteps, drawn.prompt_embeds)
         # no_grad, not inference_mode: what inference_mode returns cannot enter a loss.
         with torch.no_grad(), FeatureTap(self._teacher, [pair.teacher for pair in self._pairs]) as tap:
-            teacher_pred = self._teacher(*inputs, return_dict=False)[0]
+            teacher_pred = drawn.predict(self._teacher)
             teacher_features = tap.take()
         with FeatureTap(self.trainable, [pair.student for pair in self._pairs]) as tap:
-            model_pred = self.forward(*inputs, return_dict=False)[0]  # type: ignore[index]
+            model_pred = drawn.predict(self.forward)
             student_features = tap.take()
         target = self._diffusion.schedule.target(drawn.latents, drawn.noise, drawn.timesteps)
         return LossTerms.weighted(

@@ -1,0 +1,89 @@
+"""From token ids to what a UNet is told of a caption: prompt embeddings, and for SDXL pooled ones and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bkd.data.latent_set import CachedBatch
+from bkd.model_folder import is_sdxl
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What goes into a UNet beside noisy latents and timesteps.
+
+    Attributes:
+        prompt_embeds: (B, L, D).
+        added: SDXL's `text_embeds`, (B, P), and `time_ids`, (B, 6); empty for Stable Diffusion.
+    """
+
+    prompt_embeds: Tensor
+    added: Mapping[str, Tensor]
+
+
+class CaptionEncoder(Protocol):
+    """A teacher's frozen text encoders."""
+
+    def __call__(self, batch: CachedBatch, dropped: Tensor) -> Conditioning:
+        """Encode captions.
+
+        Args:
+            batch: On the device of the encoders.
+            dropped: (B,), bool: captions to be replaced by the empty prompt.
+        """
+        ...
+
+
+def caption_encoder(pipe: Any) -> CaptionEncoder:
+    """The encoder of a loaded pipeline, Stable Diffusion or SDXL."""
+    return SdxlCaptions(pipe) if is_sdxl(pipe.unet.config) else StableDiffusionCaptions(pipe)
+
+
+class StableDiffusionCaptions:
+    """One encoder, whose last layer is used."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._encoder = pipe.text_encoder
+        self._empty = _empty_ids(pipe.tokenizer)
+
+    @torch.no_grad()
+    def __call__(self, batch: CachedBatch, dropped: Tensor) -> Conditioning:
+        token_ids = torch.where(dropped[:, None], self._empty.to(dropped.device), batch.token_ids)
+        return Conditioning(self._encoder(token_ids)[0], {})
+
+
+class SdxlCaptions:
+    """Two encoders, whose last layers but one are joined; the second also gives a pooled embedding.
+
+    The empty prompt is a zero embedding where the pipeline says so (`force_zeros_for_empty_prompt`), as in SDXL's training.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._encoders = (pipe.text_encoder, pipe.text_encoder_2)
+        self._empty = (_empty_ids(pipe.tokenizer), _empty_ids(pipe.tokenizer_2))
+        self._zeros = bool(pipe.config.force_zeros_for_empty_prompt)
+
+    @torch.no_grad()
+    def __call__(self, batch: CachedBatch, dropped: Tensor) -> Conditioning:
+        assert batch.token_ids_2 is not None and batch.sizes is not None  # cached with two tokenizers
+        ids = [batch.token_ids, batch.token_ids_2]
+        if not self._zeros:
+            pairs = zip(self._empty, ids, strict=True)
+            ids = [torch.where(dropped[:, None], empty.to(dropped.device), each) for empty, each in pairs]
+        outputs = [encoder(each, output_hidden_states=True) for encoder, each in zip(self._encoders, ids, strict=True)]
+        prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = outputs[1][0]
+        if self._zeros:
+            prompt_embeds = prompt_embeds.masked_fill(dropped[:, None, None], 0)
+            pooled = pooled.masked_fill(dropped[:, None], 0)
+        return Conditioning(prompt_embeds, {"text_embeds": pooled, "time_ids": batch.sizes})
+
+
+def _empty_ids(tokenizer: Any) -> Tensor:
+    ids: Tensor = tokenizer([""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids

@@ -1,0 +1,48 @@
+"""SDXL's two text encoders, its pooled embedding and its sizes reach the UNet as its own pipeline would give them."""
+
+import numpy as np
+import pytest
+import torch
+
+from bkd.caching import ensure_latents, plan_caching, read_latents
+from bkd.data.captions import CaptionSource
+from bkd.data.survey import DataWish
+from bkd.methods.captions import caption_encoder
+from bkd.models import load_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(family_folders):
+    return load_pipeline(family_folders["sdxl"])
+
+
+@pytest.fixture(scope="module")
+def cached(pipe, family_folders, shards, tmp_path_factory):
+    wish = DataWish(CaptionSource(), (), tmp_path_factory.mktemp("xl"))
+    caching = plan_caching(str(shards[1]), family_folders["sdxl"], wish, resolution=32)
+    ensure_latents(caching, pipe)
+    captions = [sample.read("txt").decode() for sample in wish.select(shards[1]).index.samples()]
+    return read_latents(caching).gather(np.arange(4)), captions[:4]
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_captions_are_encoded_as_the_pipeline_does(pipe, cached, zeros):
+    batch, captions = cached
+    pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    dropped = torch.tensor([False, True, False, True])
+    found = caption_encoder(pipe)(batch, dropped)
+    kept = pipe.encode_prompt(captions, num_images_per_prompt=1, do_classifier_free_guidance=True, device="cpu")
+    plain, empty, pooled, empty_pooled = kept
+    expected = torch.where(dropped[:, None, None], empty, plain)
+    assert torch.allclose(found.prompt_embeds, expected, atol=1e-6)
+    assert torch.allclose(found.added["text_embeds"], torch.where(dropped[:, None], empty_pooled, pooled), atol=1e-6)
+    assert found.added["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 4
+    assert bool((empty == 0).all()) == zeros
+
+
+def test_an_sdxl_student_is_distilled(bkd, family_folders, shards, tmp_path):
+    arguments = ["train.max_steps=2", "train.batch=4", "stages.0.student.blocks=sd-small", "-o", tmp_path / "run"]
+    teacher = f"teacher.id={family_folders['sdxl']}"
+    code, printed = bkd("train", "shapes/sd-small", teacher, f"data.shards={shards[1]}", *arguments)
+    assert code == 0, printed
+    assert "student_of" in bkd("inspect", tmp_path / "run", "--json")[1]
