@@ -60,7 +60,7 @@ class StableDiffusionCaptions:
 class SdxlCaptions:
     """Two encoders, whose last layers but one are joined; the second also gives a pooled embedding.
 
-    The empty prompt is a zero embedding where the pipeline says so (`force_zeros_for_empty_prompt`), as in SDXL's training.
+    The empty prompt is a zero embedding where the pipeline says so (`force_zeros_for_empty_prompt`).
     """
 
     def __init__(self, pipe: Any) -> None:
