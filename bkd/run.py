@@ -154,6 +154,7 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
     run.record(num_samples=len(data), left_out=dict(data.left_out), bad_samples=dict(data.bad))
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
         _run_stage(recipe, run, number, stage, plan, pipe, data, inputs.teacher, listener)
+        run.record(replaced_samples=dict(data.replaced))
     run.record(status="done")
 
 

@@ -70,10 +70,11 @@ def _train(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     from bkd.run_folder import open_run
     from bkd.train import Interrupted
 
-    inputs = check_inputs(recipe)
-    run, _ = open_run(folder, recipe, overwrite=overwrite)
-    run.record(command=shlex.join(["bkd", *sys.argv[1:]]))
     with progress_view() as view:
+        view.phase("checking teacher and shards")
+        inputs = check_inputs(recipe, view.update)
+        run, _ = open_run(folder, recipe, overwrite=overwrite)
+        run.record(command=shlex.join(["bkd", *sys.argv[1:]]))
         listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
         try:
             run_recipe(recipe, run, inputs, listener)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from bkd.data.filters import field_values, is_present, select
+from bkd.data.filters import Filter, field_values, is_present, select
 from bkd.data.images import open_image
 from bkd.data.index import IMAGE_EXTENSIONS, Sample, ShardIndex
 from bkd.data.indexing import index_shard
@@ -48,8 +48,17 @@ def survey_to_filter(
 ) -> tuple[SurveyedShard, ...]:
     """See `survey`; where scores will be computed, missing ones are no reason yet."""
     if predictor is not None:
-        wish = replace(wish, filters=tuple(each for each in wish.filters if each.field != AESTHETIC))
+        wish = replace(wish, filters=_others(wish.filters))
     return survey(sources, wish, progress)
+
+
+def _others(filters: Sequence[Filter]) -> tuple[Filter, ...]:
+    return tuple(each for each in filters if each.field != AESTHETIC)
+
+
+def _without_error(wish: Filter) -> Filter:
+    """Once scores are computed, only images that cannot be decoded lack one: no reason to stop."""
+    return replace(wish, missing="drop") if wish.missing == "error" else wish
 
 
 def filter_shards(
@@ -97,12 +106,14 @@ def filter_shards(
 def _filter_shard(output: OutputSet, number: int, shard: Path, wish: DataWish, predictor: Predictor | None) -> None:
     index = index_shard(shard, wish.cache)
     scores: dict[int, float] = {}
+    filters = wish.filters
     if predictor is not None:
+        filters = (*_others(filters), *(_without_error(each) for each in filters if each.field == AESTHETIC))
         scores = _missing_scores(index, wish, predictor)
         known = field_values(index, AESTHETIC, wish.caption).copy()
         known[list(scores)] = list(scores.values())
         index = replace(index, fields={**index.fields, AESTHETIC: known})
-    selection = select(index, wish.caption, wish.filters)
+    selection = select(index, wish.caption, filters)
     about = {} if predictor is None else {"aesthetic_predictor": f"{predictor.version} {predictor.digest}"}
     records = (
         _record(index.sample(row), {AESTHETIC: scores[row], **about} if row in scores else {})
@@ -113,9 +124,8 @@ def _filter_shard(output: OutputSet, number: int, shard: Path, wish: DataWish, p
 
 def _missing_scores(index: ShardIndex, wish: DataWish, predictor: Predictor) -> dict[int, float]:
     """Row -> score, of the samples that lack one and pass all filters that do not ask for it."""
-    others = [each for each in wish.filters if each.field != AESTHETIC]
     lacking = ~is_present(field_values(index, AESTHETIC, wish.caption))
-    rows = [row for row in select(index, wish.caption, others).rows.tolist() if lacking[row]]
+    rows = [row for row in select(index, wish.caption, _others(wish.filters)).rows.tolist() if lacking[row]]
     scores: dict[int, float] = {}
     for start in range(0, len(rows), SCORED_AT_ONCE):
         images = {}
