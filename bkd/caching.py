@@ -14,11 +14,12 @@ from bkd.data.latent_folder import LatentFolder, find_latents, open_latents
 from bkd.data.latent_set import LatentSet
 from bkd.data.latent_shards import LatentDescription, LatentSettings, require_same_settings
 from bkd.data.order import WINDOW
+from bkd.data.output_set import ALONE
 from bkd.data.sources import find_sources
 from bkd.data.survey import DataWish, SurveyedShard, survey
+from bkd.environment import Place
 from bkd.errors import DataError
-from bkd.model_folder import native_resolution
-from bkd.models import best_device, load_pipeline
+from bkd.model_folder import vae_factor
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -75,6 +76,7 @@ def plan_caching(
     Raises:
         DataError: If the shards, the filters or the cached latents cannot be used.
     """
+    _check_resolution(teacher, resolution)
     settings = latent_settings(
         teacher,
         resolution=resolution,
@@ -84,12 +86,30 @@ def plan_caching(
     )
     found = find_latents(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib)
     if found is not None:
+        if folder is not None:
+            raise DataError(
+                "these shards hold cached latents, not images",
+                where=spec,
+                remedy="give the shards they were made from",
+            )
         _check_cached(found, settings, asks=bool(wish.filters) or wish.caption != CaptionSource())
         return Caching(settings, wish, found=found)
     sources = find_sources(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib)
     shards = survey(sources, wish, progress)
     description = LatentDescription(settings, tuple(shard.described() for shard in shards))
     return Caching(settings, wish, shards, folder or wish.cache / "latents" / description.fingerprint[:16])
+
+
+def _check_resolution(teacher: Path, resolution: int) -> None:
+    factor = vae_factor(teacher)
+    if resolution % factor:
+        raise DataError(
+            "the autoencoder cannot encode images of this size",
+            where="resolution",
+            got=f"{resolution} px",
+            allowed=f"a multiple of {factor}",
+            remedy=f"{max(1, round(resolution / factor)) * factor} px",
+        )
 
 
 def _check_cached(found: LatentFolder, wanted: LatentSettings, *, asks: bool) -> None:
@@ -106,8 +126,7 @@ def ensure_latents(
     caching: Caching,
     pipe: Any,
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    place: Place = ALONE,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> None:
@@ -115,9 +134,8 @@ def ensure_latents(
 
     Args:
         caching: As planned.
-        pipe: The teacher, loaded and frozen.
-        rank: Of this process.
-        world_size: Processes that share the work.
+        pipe: The teacher, loaded and frozen; its UNet and text encoders are not needed.
+        place: Of this process among those that share the work.
         overwrite: Whether other latents in the folder may be replaced.
         progress: Called with (done, total) samples.
     """
@@ -128,8 +146,7 @@ def ensure_latents(
             caching.wish,
             encoder,
             caching.folder,
-            rank=rank,
-            world_size=world_size,
+            place=place,
             overwrite=overwrite,
             progress=progress,
         )
@@ -143,58 +160,6 @@ def read_latents(caching: Caching, *, window: int = WINDOW) -> LatentSet:
         window: Shards that are shuffled together.
     """
     return LatentSet(caching.found or open_latents(caching.folder), caching.wish.cache, window=window)
-
-
-def cache_to_folder(
-    spec: str,
-    teacher: Path,
-    output: Path,
-    wish: DataWish,
-    *,
-    resolution: int | None,
-    mirrored: bool,
-    overwrite: bool,
-    rank: int,
-    world_size: int,
-    phase: Callable[[str], None],
-    progress: Progress,
-) -> None:
-    """`bkd data cache`: survey the shards, load the teacher, encode.
-
-    Args:
-        spec: SHARDS.
-        teacher: Pipeline folder.
-        output: Folder for the latents.
-        wish: Which samples.
-        resolution: Side of the images, in pixels; the teacher's own when not given.
-        mirrored: Whether mirrored images are encoded, too.
-        overwrite: Whether other latents in the folder may be replaced.
-        rank: Of this process.
-        world_size: Processes that share the work.
-        phase: Called with one line when something new begins.
-        progress: Called with (done, total).
-
-    Raises:
-        BkdError: If the shards, the teacher or the folder cannot be used.
-    """
-    if find_latents(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib):
-        raise DataError(
-            "these shards hold cached latents, not images", where=spec, remedy="give the shards they were made from"
-        )
-    phase("indexing")
-    caching = plan_caching(
-        spec,
-        teacher,
-        wish,
-        resolution=resolution or native_resolution(teacher),
-        mirrored=mirrored,
-        folder=output,
-        progress=progress,
-    )
-    phase("loading the teacher")
-    pipe = load_pipeline(teacher, device=best_device())
-    phase(f"encoding {counted_images(caching.num_samples)}")
-    ensure_latents(caching, pipe, rank=rank, world_size=world_size, overwrite=overwrite, progress=progress)
 
 
 def counted_images(number: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from importlib import metadata
 
 from bkd.errors import EnvironmentProblem
@@ -23,9 +24,22 @@ PACKAGES = (
 )
 
 
-def process_place() -> tuple[int, int]:
-    """This process's rank and how many there are, as `accelerate launch` and `torchrun` say; (0, 1) without them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+@dataclass(frozen=True)
+class Place:
+    """This process among those that share a job.
+
+    Attributes:
+        rank: 0 or more.
+        world_size: How many there are.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+
+def process_place() -> Place:
+    """As `accelerate launch` and `torchrun` say; a process alone without them."""
+    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def installed_version(package: str) -> str | None:

@@ -200,9 +200,12 @@ def unet_config(folder: Path) -> dict[str, Any]:
 
 def native_resolution(folder: Path) -> int:
     """Image side, in pixels, that the model was trained for."""
-    vae = read_json(folder / "vae" / "config.json")
-    pixels_per_latent: int = 2 ** (len(vae["block_out_channels"]) - 1)
-    return int(unet_config(folder)["sample_size"]) * pixels_per_latent
+    return int(unet_config(folder)["sample_size"]) * vae_factor(folder)
+
+
+def vae_factor(folder: Path) -> int:
+    """Pixels for each latent, along a side."""
+    return int(2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1))
 
 
 def prompt_length(folder: Path) -> int:

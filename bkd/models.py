@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -12,7 +13,7 @@ from torch import nn
 
 from bkd.diffusion import NoiseSchedule, PredictionType
 from bkd.errors import ModelError
-from bkd.model_folder import is_inpainting, is_sdxl, unet_config
+from bkd.model_folder import is_inpainting, is_sdxl, parts_of, unet_config
 from bkd.unet_weights import check_unet_weights
 
 
@@ -27,21 +28,34 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditi
 
 
 def load_pipeline(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    without: Collection[str] = (),
 ) -> StableDiffusionPipeline:
-    """The whole stock text-to-image pipeline, frozen, without a safety checker (it would blacken measured images).
+    """The stock text-to-image pipeline, frozen, without a safety checker (it would blacken measured images).
+
+    Args:
+        folder: Pipeline folder.
+        dtype: Of all parts.
+        device: For all parts.
+        without: Parts that are not needed and not loaded.
 
     Raises:
         ModelError: If tensors of the UNet are missing; for an inpainting model, which draws from no text alone.
     """
-    check_unet_weights(folder)
+    if "unet" not in without:
+        check_unet_weights(folder)
     config = unet_config(folder)
     if is_inpainting(config):
         raise ModelError("inpainting models can be inspected and pruned, but not drawn with", where=folder)
-    kind, no_checker = StableDiffusionPipeline, {"safety_checker": None, "requires_safety_checker": False}
+    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
+    kind = StableDiffusionPipeline
     if is_sdxl(config):
-        kind, no_checker = StableDiffusionXLPipeline, {}
-    pipe = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **no_checker).to(device)
+        kind, options = StableDiffusionXLPipeline, {}
+    options |= dict.fromkeys(set(without) & set(parts_of(folder)))
+    pipe = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **options).to(device)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()

@@ -16,8 +16,9 @@ from torch import Tensor
 from bkd.data.images import images_at_once
 from bkd.data.indexing import index_shard
 from bkd.data.metadata import caption_of
-from bkd.data.output_set import OutputSet, open_output_set
+from bkd.data.output_set import ALONE, OutputSet, open_output_set
 from bkd.data.shards import NewSample, Record, to_record
+from bkd.environment import Place
 from bkd.errors import DataError
 from bkd.eval.generate import MAX_BATCH, generate
 from bkd.files import cache_folder
@@ -75,8 +76,7 @@ def generate_shards(
     folder: Path,
     *,
     cache: Path,
-    rank: int = 0,
-    world_size: int = 1,
+    place: Place = ALONE,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> None:
@@ -92,8 +92,7 @@ def generate_shards(
         drawing: See `Drawing`.
         folder: Output.
         cache: Folder for indexes.
-        rank: Of this process: it draws every `world_size`-th shard.
-        world_size: Processes that share the work.
+        place: Of this process among those that share the work.
         overwrite: Whether a data set of other settings may be replaced.
         progress: Called with images of this process's share.
 
@@ -107,12 +106,10 @@ def generate_shards(
         "num_prompts": len(prompts),
     }
     num_shards = -(-len(prompts) // drawing.per_shard)
-    output = open_output_set(folder, "generate", num_shards, settings, overwrite=overwrite)
-    if rank == 0:
-        output.remove_others()
+    output = open_output_set(folder, "generate", num_shards, settings, place=place, overwrite=overwrite)
     sizes = [len(range(len(prompts))[_slice(n, drawing)]) for n in range(num_shards)]
-    todo = output.unfinished(rank=rank, world_size=world_size)
-    total = sum(sizes[rank::world_size])
+    todo = output.unfinished(place)
+    total = sum(sizes[number] for number in output.share(place))
     done = total - sum(sizes[number] for number in todo)
     progress(done, total)
     for number in todo:
@@ -131,8 +128,7 @@ def generate_with(
     drawing: Drawing,
     folder: Path,
     *,
-    rank: int,
-    world_size: int,
+    place: Place,
     overwrite: bool,
     progress: Progress,
 ) -> None:
@@ -146,8 +142,7 @@ def generate_with(
         drawing,
         folder,
         cache=cache_folder(),
-        rank=rank,
-        world_size=world_size,
+        place=place,
         overwrite=overwrite,
         progress=progress,
     )

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bkd.caching import cache_to_folder, ensure_latents, plan_caching, read_latents
+from bkd.caching import ensure_latents, plan_caching, read_latents
 from bkd.data import latent_set
 from bkd.data.captions import CaptionSource
 from bkd.data.images import decode_image, to_model_range
@@ -309,14 +309,17 @@ def test_mirrored_latents_are_those_of_mirrored_images_and_never_where_sides_are
     assert torch.allclose(flipped[[0, 2]], expected_moments[[0, 2]], atol=5e-3)
 
 
-def test_sdxl_latents_have_both_tokenizers_and_the_sizes(family_folders, shards, tmp_path):
-    wish = DataWish(CaptionSource(), (), tmp_path)
-    silent = {"phase": lambda text: None, "progress": lambda done, total: None}
-    settings = {"resolution": 16, "mirrored": False, "overwrite": False, "rank": 0, "world_size": 1}
-    cache_to_folder(str(shards[1]), family_folders["sdxl"], tmp_path / "xl", wish, **settings, **silent)
+def test_sdxl_latents_have_both_tokenizers_and_the_sizes(bkd, family_folders, shards, tmp_path):
+    arguments = ["--teacher", family_folders["sdxl"], "-o", tmp_path / "xl", "--resolution", "16"]
+    assert bkd("data", "cache", shards[1], *arguments)[0] == 0
     batch = LatentSet(open_latents(tmp_path / "xl"), tmp_path).gather(np.arange(3))
     assert batch.token_ids.shape == batch.token_ids_2.shape and batch.moments.shape[-2:] == (4, 4)
     assert batch.sizes.tolist() == [[32, 32, 0, 0, 16, 16]] * 3
+
+
+def test_a_resolution_that_the_autoencoder_cannot_take_is_refused(bkd_refuses, shards):
+    arguments = ["data", "cache", shards[0], "--teacher", "shapes", "-o", "out", "--resolution", "30"]
+    bkd_refuses(arguments, "got: 30 px\n  allowed: a multiple of 4\n  try: 32 px")
 
 
 def test_a_window_of_batches_needs_no_index_of_other_shards(five_shards, teacher, teacher_folder, tmp_path):

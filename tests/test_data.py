@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from bkd.caching import ensure_latents, plan_caching, read_latents
+from bkd.data import indexing
 from bkd.data.captions import CaptionSource
 from bkd.data.images import decode_image, to_model_range, to_pixels
 from bkd.data.indexing import index_shard
@@ -262,3 +263,43 @@ def test_broken_images_are_counted_and_many_are_an_error(teacher, teacher_folder
     assert len(data) == 19 and data.bad == {"image cannot be decoded": 1}
     with pytest.raises(DataError, match=r"too many samples cannot be used\n.*got: 5 of 20: 5 image cannot be decoded"):
         cached(teacher, teacher_folder, shard("many", 5), tmp_path / "cache")
+
+
+def test_an_index_lies_beside_its_shard_or_in_the_cache(shards, tmp_path, monkeypatch):
+    path = tmp_path / "read-only" / "x.tar"
+    path.parent.mkdir()
+    path.write_bytes(shards[1].read_bytes())
+    beside, real = path.with_name("x.tar.bkdindex"), indexing.replace_file
+
+    def forbidden(place):
+        if place == beside:
+            raise PermissionError
+        return real(place)
+
+    monkeypatch.setattr(indexing, "replace_file", forbidden)
+    first = index_shard(path, tmp_path / "cache")
+    assert not beside.exists() and len(list((tmp_path / "cache" / "indexes").iterdir())) == 1
+    monkeypatch.setattr(indexing, "walk", None)  # a second walk would fail
+    again = index_shard(path, tmp_path / "cache")
+    assert again.keys.tolist() == first.keys.tolist() and again.contents == first.contents
+    assert all(np.array_equal(again.fields[name], first.fields[name]) for name in first.fields)
+    monkeypatch.setattr(indexing, "replace_file", real)
+    monkeypatch.undo()
+    assert index_shard(shards[1]) and shards[1].with_name("00001.tar.bkdindex").is_file()
+
+
+def test_an_index_is_made_again_when_its_shard_changes(shards, tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(shards[0].read_bytes())
+    assert len(index_shard(path)) == 64
+    path.write_bytes(shards[1].read_bytes())
+    assert len(index_shard(path)) == 32
+    assert index_shard(path).sample(0).read("txt") == index_shard(shards[1]).sample(0).read("txt")
+
+
+def test_an_index_is_small(shards):
+    index = index_shard(shards[0])
+    places = sum(p.offsets.nbytes + p.sizes.nbytes + p.checksums.nbytes for p in index.members.values())
+    fields = sum(column.nbytes for column in index.fields.values())
+    others = index.keys.nbytes + index.languages.nbytes + index.caption_lengths.nbytes
+    assert (places + fields + others) / len(index) < 100  # 2.3 million samples in 230 MB

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bkd.data.indexing import index_shard
-from bkd.data.pack import pack_folder
+from bkd.data.pack import pack_folder, write_packing
 from bkd.data.shards import write_shards
 from bkd.errors import DataError
 
@@ -283,7 +283,7 @@ def test_nothing_is_written_when_nothing_can_be_packed(folder):
         pack_folder(folder)
     fill(folder, {"a.png": b"", "a.txt": "x"})
     with pytest.raises(DataError, match="1 empty file; 1 format not supported"):
-        write_shards(pack_folder(folder).samples(), output)
+        write_packing(pack_folder(folder), output, cache=output)
     assert not output.exists()
     with pytest.raises(DataError, match="folder cannot be read"):
         pack_folder(folder / "gone")
@@ -320,9 +320,10 @@ def test_shards_read_back_what_was_packed(folder):
     fill(folder, {"a.png": encoded(), "a.txt": "a square", "b.jpg": encoded("JPEG"), "b.txt": "another"})
     calls = []
     packing = pack_folder(folder)
-    (shard,) = write_shards(packing.samples(lambda *done: calls.append(done)), folder.parent / "shards")
-    index = index_shard(shard)
-    assert len(index) == 2 and calls == [(1, 2), (2, 2)]
+    output = folder.parent / "shards"
+    totals = write_packing(packing, output, cache=output, progress=lambda *done: calls.append(done))
+    index = index_shard(output / "00000.tar")
+    assert len(index) == 2 and calls[-1] == (2, 2) and totals == {"kept": 2}
     assert index.fields["width"].tolist() == [24, 24] and index.fields["original_height"].tolist() == [16, 16]
     assert index.caption_lengths.tolist() == [8, 7] and not index.contents.foreign
     for sample, name in zip(index.samples(), ("a.png", "b.jpg"), strict=True):

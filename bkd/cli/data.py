@@ -166,29 +166,25 @@ def cache(
 ) -> None:
     """Encode images and captions once; under `accelerate launch` the shards are shared between the processes."""
     prepare()
-    from bkd.caching import cache_to_folder
+    from bkd.caching import counted_images, ensure_latents, plan_caching
     from bkd.cli.data_view import show_latents
     from bkd.data.check import check_latents
     from bkd.environment import process_place
     from bkd.locate import locate
+    from bkd.model_folder import native_resolution
+    from bkd.models import best_device, load_pipeline
 
-    wish = _wish(recipe, caption, where)
-    rank, world_size = process_place()
-    with progress_view(rate="samples/s", quiet=rank > 0) as view:
-        cache_to_folder(
-            shards,
-            locate(teacher),
-            output,
-            wish,
-            resolution=resolution,
-            mirrored=mirrored,
-            overwrite=overwrite,
-            rank=rank,
-            world_size=world_size,
-            phase=view.phase,
-            progress=view.update,
+    wish, place, folder = _wish(recipe, caption, where), process_place(), locate(teacher)
+    side = resolution or native_resolution(folder)
+    with progress_view(rate="samples/s", quiet=place.rank > 0) as view:
+        view.phase("indexing")
+        caching = plan_caching(
+            shards, folder, wish, resolution=side, mirrored=mirrored, folder=output, progress=view.update
         )
-    if world_size == 1 and (latents := check_latents(str(output), wish)) is not None:
+        view.phase(f"encoding {counted_images(caching.num_samples)}")
+        pipe = load_pipeline(folder, device=best_device(), without=("unet", "text_encoder", "text_encoder_2"))
+        ensure_latents(caching, pipe, place=place, overwrite=overwrite, progress=view.update)
+    if place.world_size == 1 and (latents := check_latents(str(output), wish)) is not None:
         show_latents(latents)
 
 
@@ -217,11 +213,9 @@ def generate(
     drawing = Drawing(
         num_inference_steps=steps, guidance_scale=guidance, seed=seed, extension=image_format, per_shard=per_shard
     )
-    rank, world_size = process_place()
-    with progress_view(rate="images/s", quiet=rank > 0) as view:
+    place = process_place()
+    with progress_view(rate="images/s", quiet=place.rank > 0) as view:
         view.phase(f"drawing {counted(len(texts), 'prompt')}")
-        generate_with(
-            teacher, texts, drawing, output, rank=rank, world_size=world_size, overwrite=overwrite, progress=view.update
-        )
-    if rank == 0:
+        generate_with(teacher, texts, drawing, output, place=place, overwrite=overwrite, progress=view.update)
+    if place.rank == 0:
         console.print(f"done: {output}")

@@ -21,10 +21,11 @@ from bkd.data.indexing import index_shard
 from bkd.data.latent_encoder import LatentEncoder
 from bkd.data.latent_shards import MADE_BY, LatentDescription, to_record
 from bkd.data.metadata import parse_metadata
-from bkd.data.output_set import OutputSet, open_output_set
+from bkd.data.output_set import ALONE, OutputSet, open_output_set
 from bkd.data.reading import MAX_BAD_FRACTION, DecodedSample, check_bad_fraction, decoded_samples
 from bkd.data.shards import Record, sample_key
 from bkd.data.survey import DataWish, SurveyedShard
+from bkd.environment import Place
 from bkd.errors import DataError
 
 MAX_BATCH = 64
@@ -40,8 +41,7 @@ def cache_latents(
     encoder: LatentEncoder,
     folder: Path,
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    place: Place = ALONE,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> None:
@@ -55,8 +55,7 @@ def cache_latents(
         wish: With which they were.
         encoder: Of the teacher that is to be distilled.
         folder: Output; may hold an unfinished pass over the same samples.
-        rank: Of this process: it does every `world_size`-th shard.
-        world_size: Processes that share the work.
+        place: Of this process among those that share the work.
         overwrite: Whether latents of other samples or settings may be replaced.
         progress: Called with samples of this process's share; the total is an estimate where shards are remote.
 
@@ -65,11 +64,9 @@ def cache_latents(
         OutputError: If the folder holds something else.
     """
     description = LatentDescription(encoder.settings, tuple(shard.described() for shard in shards))
-    output = open_output_set(folder, MADE_BY, len(shards), description.facts(), overwrite=overwrite)
-    if rank == 0:
-        output.remove_others()
-    counts = {number: shards[number].num_selected for number in range(rank, len(shards), world_size)}
-    todo = output.unfinished(rank=rank, world_size=world_size)
+    output = open_output_set(folder, MADE_BY, len(shards), description.facts(), place=place, overwrite=overwrite)
+    counts = {number: shards[number].num_selected for number in output.share(place)}
+    todo = output.unfinished(place)
     _check_space(folder, encoder, sum(counts[number] or 0 for number in todo))
     done = sum(counts[number] or 0 for number in counts if number not in todo)
     for number in todo:

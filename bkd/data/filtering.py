@@ -90,7 +90,6 @@ def filter_shards(
         "sources": [[source.name, source.identity] for source in map(SurveyedShard.described, shards)],
     }
     output = open_output_set(folder, "filter", len(shards), settings, overwrite=overwrite)
-    output.remove_others()
     totals: Counter[str] = Counter()
     for number, shard in enumerate(shards):
         if not output.is_finished(number):

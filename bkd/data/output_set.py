@@ -11,12 +11,14 @@ from typing import Any
 
 from bkd.data.shards import Record, shard_name, write_shard
 from bkd.data.stats import shard_stats, stats_file
+from bkd.environment import Place
 from bkd.errors import DataError, OutputError
 from bkd.files import write_atomically
 
 DATASET_FILE = "bkd_dataset.json"
 """What a folder of shards was made from and with; marks it as ours."""
 FORMAT = 1
+ALONE = Place()
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,13 @@ class OutputSet:
         path = self.path(number)
         return path.is_file() and shard_stats(path).get("fingerprint") == self.fingerprint
 
-    def unfinished(self, *, rank: int = 0, world_size: int = 1) -> list[int]:
-        """The shards that this process still has to write: every `world_size`-th is its own."""
-        return [number for number in range(rank, self.num_shards, world_size) if not self.is_finished(number)]
+    def share(self, place: Place) -> range:
+        """The shards that a process is to write: every `world_size`-th."""
+        return range(place.rank, self.num_shards, place.world_size)
+
+    def unfinished(self, place: Place = ALONE) -> list[int]:
+        """Those of its share that it still has to write."""
+        return [number for number in self.share(place) if not self.is_finished(number)]
 
     def remove_others(self) -> None:
         """Delete shards beyond the last, which a replaced data set has left."""
@@ -84,7 +90,13 @@ def require_finished(output: OutputSet) -> None:
 
 
 def open_output_set(
-    folder: Path, made_by: str, num_shards: int, settings: Mapping[str, Any], *, overwrite: bool = False
+    folder: Path,
+    made_by: str,
+    num_shards: int,
+    settings: Mapping[str, Any],
+    *,
+    place: Place = ALONE,
+    overwrite: bool = False,
 ) -> OutputSet:
     """Begin or continue a data set.
 
@@ -93,6 +105,7 @@ def open_output_set(
         made_by: The verb.
         num_shards: That there will be.
         settings: Everything else that the shards' bytes depend on; plain JSON.
+        place: Of this process; the first also deletes what a replaced data set has left.
         overwrite: Whether a data set of other settings may be replaced; its shards are, one by one.
 
     Raises:
@@ -111,7 +124,10 @@ def open_output_set(
             remedy="choose another -o, or add --overwrite",
         )
     write_atomically(folder / DATASET_FILE, json.dumps(wanted, indent=1) + "\n")
-    return OutputSet(folder, num_shards, wanted["fingerprint"])
+    output = OutputSet(folder, num_shards, wanted["fingerprint"])
+    if place.rank == 0:
+        output.remove_others()
+    return output
 
 
 def described_set(folder: Path) -> OutputSet | None:

@@ -167,7 +167,6 @@ def write_packing(
     ]
     settings = {"pictures": hashlib.sha256(repr(contents).encode()).hexdigest(), "per_shard": per_shard}
     output = open_output_set(folder, "pack", len(starts), settings, overwrite=overwrite)
-    output.remove_others()
     totals: Counter[str] = Counter(packing.left_out.values())
     for number, start in enumerate(starts):
         part = replace(packing, files=packing.files[start : start + per_shard], left_out={})
