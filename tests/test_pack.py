@@ -282,7 +282,7 @@ def test_nothing_is_written_when_nothing_can_be_packed(folder):
     with pytest.raises(DataError, match=r"got: 2 no caption; 1 format not supported: convert to PNG\n.*\n.*NAME\.txt"):
         pack_folder(folder)
     fill(folder, {"a.png": b"", "a.txt": "x"})
-    with pytest.raises(DataError, match="1 empty file; 1 format not supported"):
+    with pytest.raises(DataError, match="1 no caption; 1 format not supported: convert to PNG; 1 empty file"):
         write_packing(pack_folder(folder), output, cache=output)
     assert not output.exists()
     with pytest.raises(DataError, match="folder cannot be read"):
