@@ -20,11 +20,11 @@ INSTALLED := $(VENV)/installed
 OVERRIDES := $(if $(DATA),'data.shards=$(DATA)') $(if $(TEACHER),'teacher.id=$(TEACHER)') $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-small train-tiny gates test check clean
+.PHONY: help install train-small train-tiny gates test test-integration check clean
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=sd15 DATA='shards/{00000..00099}.tar' TEACHER=id-or-folder]"
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## create .venv with everything in it
 
@@ -54,6 +54,9 @@ gates: $(INSTALLED)  ## measure the embedded world and its teacher on 1,000 prom
 
 test: $(INSTALLED)  ## run the tests, offline
 	$(VENV)/bin/python -m pytest
+
+test-integration: $(INSTALLED)  ## download with img2dataset from this machine, filter, cache and train
+	$(VENV)/bin/python -m pytest -m integration tests/integration
 
 check: $(INSTALLED)  ## lint and type-check
 	$(VENV)/bin/ruff format --check .

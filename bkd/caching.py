@@ -20,9 +20,7 @@ from bkd.data.survey import DataWish, SurveyedShard, survey
 from bkd.environment import Place
 from bkd.errors import DataError
 from bkd.model_folder import vae_factor
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+from bkd.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def plan_caching(
     resolution: int,
     mirrored: bool = False,
     folder: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Caching:
     """Find everything that can be wrong with the data, before a model is loaded or anything is written.
 
@@ -124,27 +122,28 @@ def _check_cached(found: LatentFolder, wanted: LatentSettings, *, asks: bool) ->
 
 def ensure_latents(
     caching: Caching,
-    pipe: Any,
+    load_teacher: Callable[[], Any],
     *,
     place: Place = ALONE,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """Encode what has not been encoded yet.
 
     Args:
         caching: As planned.
-        pipe: The teacher, loaded and frozen; its UNet and text encoders are not needed.
+        load_teacher: Loads its pipeline, frozen; UNet and text encoders are not needed. Called only when there is
+            something to encode.
         place: Of this process among those that share the work.
         overwrite: Whether other latents in the folder may be replaced.
         progress: Called with (done, total) samples.
     """
     if caching.found is None:
-        encoder = encoder_of(pipe, caching.settings)
         cache_latents(
             caching.shards,
             caching.wish,
-            encoder,
+            caching.settings,
+            lambda: encoder_of(load_teacher(), caching.settings),
             caching.folder,
             place=place,
             overwrite=overwrite,

@@ -7,7 +7,7 @@ arXiv:2412.01199), so presets stay the default; docs/surgery.md has our own comp
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -17,6 +17,7 @@ from bkd.data.sources import find_sources
 from bkd.files import cache_folder
 from bkd.model_folder import prompt_length, unet_config
 from bkd.models import best_device, load_pipeline
+from bkd.progress import Progress, silent
 from bkd.surgery.anatomy import Anatomy, read_anatomy
 from bkd.surgery.budget import CostMap, cost_map, parse_budget
 from bkd.surgery.choose import choose, scorable_removals
@@ -79,7 +80,7 @@ def select(
     *,
     num_samples: int,
     count_macs: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Selection:
     """Score every option on calibration samples and choose the least harmful removal under a budget.
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from bkd.files import cache_folder
 from bkd.locate import locate
 from bkd.model_folder import model_digest, native_resolution
 from bkd.models import best_device, load_pipeline
+from bkd.progress import Progress, part_of, silent
 
 SAMPLES_PER_SHARD = 1000
 """Fewer than a download's: a stop loses at most one shard's images."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +76,7 @@ def generate_shards(
     cache: Path,
     place: Place = ALONE,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """Draw every prompt that has not been drawn yet, into img2dataset-like shards.
 
@@ -113,13 +111,9 @@ def generate_shards(
     done = total - sum(sizes[number] for number in todo)
     progress(done, total)
     for number in todo:
-        _generate_shard(output, number, pipe, teacher, prompts, drawing, partial(_report, progress, done, total))
+        _generate_shard(output, number, pipe, teacher, prompts, drawing, part_of(progress, done, total))
         index_shard(output.path(number), cache)
         done += sizes[number]
-
-
-def _report(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)
 
 
 def generate_with(

@@ -24,6 +24,7 @@ from bkd.methods.captions import caption_encoder
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config
 from bkd.models import best_device, load_noise_schedule, load_pipeline
+from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe, Stage
 from bkd.run_folder import RunFolder
 from bkd.student_folder import write_student
@@ -46,7 +47,7 @@ class Listener:
     """
 
     phase: Callable[[str], None] = lambda text: None
-    progress: Callable[[int, int], None] = lambda done, total: None
+    progress: Progress = silent
     step: Callable[[StepReport], None] = lambda report: None
     resumed: Callable[[int], None] = lambda step: None
 
@@ -70,7 +71,7 @@ class Inputs:
     caching: Caching
 
 
-def check_inputs(recipe: Recipe, progress: Callable[[int, int], None] = lambda done, total: None) -> Inputs:
+def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
     """Find everything that can be wrong with a recipe's inputs before anything is written into the run folder.
 
     Args:
@@ -148,7 +149,7 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
     listener.phase("loading the teacher")
     pipe = load_pipeline(inputs.teacher, device=device)
     listener.phase(f"caching latents of {counted_images(inputs.caching.num_samples)}")
-    ensure_latents(inputs.caching, pipe, progress=listener.progress)
+    ensure_latents(inputs.caching, lambda: pipe, progress=listener.progress)
     data = read_latents(inputs.caching, window=recipe.data.shuffle_shards)
     run.require_same("data_fingerprint", data.fingerprint)
     run.record(num_samples=len(data), left_out=dict(data.left_out), bad_samples=dict(data.bad))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "bkd").rglob("*.py"))
 
 LAYERS = [
-    {"bkd", "errors", "environment", "files"},
+    {"bkd", "errors", "environment", "files", "progress"},
     {"diffusion", "losses", "hooks", "rng", "surgery", "cost"},
     {"model_folder", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
     {"methods", "proof", "calibration", "caching"},

@@ -21,6 +21,7 @@ from bkd.data.filters import parse_where
 from bkd.data.images import decode_image
 from bkd.data.index import forget_open_shards
 from bkd.data.indexing import index_shard
+from bkd.data.metadata import ORIENTATIONS
 from bkd.data.reading import decoded_samples
 from bkd.data.shapes_shards import shapes_samples
 from bkd.data.shards import write_shards
@@ -58,7 +59,7 @@ def read_all(path):
 
 def latents(teacher, teacher_folder, spec, cache, **wish):
     caching = plan_caching(str(spec), teacher_folder, DataWish(CaptionSource(), (), cache, **wish), resolution=32)
-    ensure_latents(caching, teacher)
+    ensure_latents(caching, lambda: teacher)
     return read_latents(caching)
 
 
@@ -302,9 +303,28 @@ def test_captions_may_come_from_metadata(tmp_path, bkd):
     members = {"a.jpg": encoded("JPEG"), "a.json": json.dumps({"caption": "from here", "n": 3}).encode()}
     path = tar(tmp_path / "x.tar", members)
     code, printed = bkd("data", "check", path)
-    assert code == 1 and "1 no txt; take captions from KEY.json: data.caption=json:FIELD (caption)" in printed
+    assert code == 1 and "1 no txt; take captions from KEY.json: data.caption=json:caption" in printed
     assert bkd("data", "check", path, "--caption", "json:caption")[0] == 0
     code, printed = bkd("data", "check", path, "--caption", "json:n")
     assert code == 1 and "1 no text in json:n" in printed
     code, printed = bkd("data", "check", path, "--caption", "xml")
     assert code == 1 and "allowed: txt, or json:FIELD" in printed
+
+
+@pytest.mark.parametrize(("words", "number"), [*ORIENTATIONS.items(), ("Horizontal (normal)", 1), ("upside down", 1)])
+def test_pictures_that_lost_their_exif_are_turned_by_what_metadata_says(tmp_path, words, number):
+    """img2dataset stores a turned photo as it lies; Pillow's own rule for EXIF is the reference."""
+    ramp = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(32, 32, 3))
+    plain, tagged = io.BytesIO(), io.BytesIO()
+    ramp.save(plain, "PNG")
+    exif = ramp.getexif()
+    exif[0x0112] = number
+    ramp.save(tagged, "PNG", exif=exif)
+    metadata = json.dumps({"exif": json.dumps({"Image Orientation": words})}).encode()
+    members = {"a.png": plain.getvalue(), "a.txt": b"x", "a.json": metadata, "b.png": tagged.getvalue(), "b.txt": b"x"}
+    samples = index_shard(tar(tmp_path / "x.tar", members)).samples()
+    lost, kept = [item.image.pixels for item in decoded_samples(samples, 32, CaptionSource(), Counter())]
+    assert torch.equal(lost, kept)
+    with_both = {"a.png": tagged.getvalue(), "a.txt": b"x", "a.json": metadata}
+    (both,) = decoded_samples(index_shard(tar(tmp_path / "y.tar", with_both)).samples(), 32, CaptionSource(), Counter())
+    assert torch.equal(both.image.pixels, kept)  # turned once

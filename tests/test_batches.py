@@ -38,7 +38,7 @@ def raw(tmp_path_factory):
 def data(raw, teacher, teacher_folder, tmp_path_factory):
     wish = DataWish(CaptionSource(), (), tmp_path_factory.mktemp("cache"))
     caching = plan_caching(str(raw), teacher_folder, wish, resolution=32)
-    ensure_latents(caching, teacher)
+    ensure_latents(caching, lambda: teacher)
     return read_latents(caching, window=WINDOW)
 
 
@@ -141,7 +141,7 @@ def test_remote_images_are_cached_like_local_ones(raw, data, server, teacher, te
     caching = plan_caching(pattern, teacher_folder, DataWish(CaptionSource(), (), tmp_path), resolution=32)
     assert caching.num_samples is None
     reports = []
-    ensure_latents(caching, teacher, progress=lambda done, total: reports.append((done, total)))
+    ensure_latents(caching, lambda: teacher, progress=lambda done, total: reports.append((done, total)))
     remote = read_latents(caching, window=WINDOW)
     everything = np.arange(NUM_SAMPLES)
     assert equal(remote.gather(everything), data.gather(everything))

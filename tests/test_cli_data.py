@@ -85,7 +85,7 @@ def test_check_names_every_problem_and_fails(bkd, shards, tmp_path):
     assert "1.tar: shard truncated" in printed and "2.tar: shard truncated" in printed
     assert "0.tar: 64 samples, though 0_stats.json says 70" in printed
     code, printed = bkd("data", "check", tmp_path / "0.tar", "--where", "language = en")
-    assert code == 1 and "64 of 64 samples without language" in printed and "KEY.json has: AESTHETIC_SCORE" in printed
+    assert code == 1 and "64 of 64 samples have no value; KEY.json has: AESTHETIC_SCORE" in printed
 
 
 def test_check_notices_what_makes_bad_students(bkd, tmp_path):
@@ -106,7 +106,7 @@ def test_check_notices_what_makes_bad_students(bkd, tmp_path):
     printed = " ".join(printed.split())
     assert code == 0 and "1 of 11 images cannot be decoded; such samples are left out" in printed
     assert "10 of 11 images have white borders" in printed and "resize_mode" in printed
-    assert "10 of 11 images are smaller than 128 px" in printed and "filters.size='>= 128, missing drop'" in printed
+    assert "10 of 11 images are smaller than 128 px" in printed and "filter by size: '>= 128, missing drop'" in printed
     assert "3 images are byte for byte the same" in printed
 
 
@@ -295,7 +295,7 @@ def test_mirrored_latents_are_those_of_mirrored_images_and_never_where_sides_are
     )
     wish = DataWish(CaptionSource(), (), tmp_path)
     caching = plan_caching(str(tmp_path / "in"), teacher_folder, wish, resolution=32, mirrored=True)
-    ensure_latents(caching, teacher)
+    ensure_latents(caching, lambda: teacher)
     data = read_latents(caching)
     index = index_shard(data.shards[0].path)
     assert index.has("mirrored.npy").tolist() == [True, False, True, False]
@@ -325,7 +325,7 @@ def test_a_resolution_that_the_autoencoder_cannot_take_is_refused(bkd_refuses, s
 def test_a_window_of_batches_needs_no_index_of_other_shards(five_shards, teacher, teacher_folder, tmp_path):
     """Memory does not grow with the data set: only the shards in use are known sample by sample."""
     caching = plan_caching(str(five_shards), teacher_folder, DataWish(CaptionSource(), (), tmp_path), resolution=32)
-    ensure_latents(caching, teacher)
+    ensure_latents(caching, lambda: teacher)
     data = read_latents(caching, window=2)
     latent_set._index.cache_clear()
     order = data.order(seed=0)

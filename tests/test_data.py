@@ -206,7 +206,7 @@ def test_randomness_depends_on_position_alone():
 def cached(teacher, teacher_folder, spec, cache, **wish):
     """The latents of some shards, in the cache folder."""
     caching = plan_caching(str(spec), teacher_folder, DataWish(CaptionSource(), (), cache), resolution=32, **wish)
-    ensure_latents(caching, teacher)
+    ensure_latents(caching, lambda: teacher)
     return read_latents(caching)
 
 

@@ -20,7 +20,7 @@ def pipe(family_folders):
 def cached(pipe, family_folders, shards, tmp_path_factory):
     wish = DataWish(CaptionSource(), (), tmp_path_factory.mktemp("xl"))
     caching = plan_caching(str(shards[1]), family_folders["sdxl"], wish, resolution=32)
-    ensure_latents(caching, pipe)
+    ensure_latents(caching, lambda: pipe)
     captions = [sample.read("txt").decode() for sample in wish.select(shards[1]).index.samples()]
     return read_latents(caching).gather(np.arange(4)), captions[:4]
 

@@ -119,8 +119,9 @@ def progress_view(rate: str = "", *, quiet: bool = False) -> Iterator[ProgressVi
         return
     # Narrow enough for the three loss terms and the ETA to share 80 columns.
     columns = (TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn(), TextColumn("ETA"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        view = ProgressView(progress, rate) if console.is_terminal else PlainView(progress, rate)
+    bar = console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not bar) as progress:
+        view = ProgressView(progress, rate) if bar else PlainView(progress, rate)
         yield view
         view.close()
 

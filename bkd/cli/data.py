@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
@@ -78,9 +79,11 @@ def pack(
 ) -> None:
     """Make shards of a folder of captioned pictures."""
     from bkd.cli.data_view import show_reasons
+    from bkd.data.output_set import require_ours
     from bkd.data.pack import pack_folder, write_packing
     from bkd.files import cache_folder
 
+    require_ours(output)
     packing = pack_folder(folder, caption_field=caption)
     with progress_view() as view:
         view.phase(f"packing {counted(len(packing.files), 'picture')}")
@@ -134,9 +137,11 @@ def filter_(
     """Write new shards with the samples that pass, and a table of why the others do not."""
     from bkd.cli.data_view import show_reasons
     from bkd.data.filtering import filter_shards, survey_to_filter
+    from bkd.data.output_set import require_ours
     from bkd.data.sources import find_sources
     from bkd.files import cache_folder
 
+    require_ours(output)
     wish = _wish(recipe, caption, where)
     predictor = _predictor(score_with, head)
     with progress_view() as view:
@@ -169,11 +174,13 @@ def cache(
     from bkd.caching import counted_images, ensure_latents, plan_caching
     from bkd.cli.data_view import show_latents
     from bkd.data.check import check_latents
+    from bkd.data.output_set import require_ours
     from bkd.environment import process_place
     from bkd.locate import locate
     from bkd.model_folder import native_resolution
     from bkd.models import best_device, load_pipeline
 
+    require_ours(output)
     wish, place, folder = _wish(recipe, caption, where), process_place(), locate(teacher)
     side = resolution or native_resolution(folder)
     with progress_view(rate="samples/s", quiet=place.rank > 0) as view:
@@ -182,8 +189,8 @@ def cache(
             shards, folder, wish, resolution=side, mirrored=mirrored, folder=output, progress=view.update
         )
         view.phase(f"encoding {counted_images(caching.num_samples)}")
-        pipe = load_pipeline(folder, device=best_device(), without=("unet", "text_encoder", "text_encoder_2"))
-        ensure_latents(caching, pipe, place=place, overwrite=overwrite, progress=view.update)
+        load = partial(load_pipeline, folder, device=best_device(), without=("unet", "text_encoder", "text_encoder_2"))
+        ensure_latents(caching, load, place=place, overwrite=overwrite, progress=view.update)
     if place.world_size == 1 and (latents := check_latents(str(output), wish)) is not None:
         show_latents(latents)
 
@@ -204,10 +211,12 @@ def generate(
 ) -> None:
     """Draw shards with a teacher, one image for each prompt; any number of processes draws the same ones."""
     prepare()
+    from bkd.data.output_set import require_ours
     from bkd.environment import process_place
     from bkd.eval.sample import drawing_settings
     from bkd.pregenerate import Drawing, generate_with, read_prompts
 
+    require_ours(output)
     texts = read_prompts(prompts)
     steps, guidance = drawing_settings(teacher, num_inference_steps, guidance_scale)
     drawing = Drawing(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bkd.data.filters import Selection
 from bkd.data.images import images_at_once
 from bkd.data.indexing import index_shard
 from bkd.data.latent_encoder import LatentEncoder
-from bkd.data.latent_shards import MADE_BY, LatentDescription, to_record
+from bkd.data.latent_shards import MADE_BY, LatentDescription, LatentSettings, to_record
 from bkd.data.metadata import parse_metadata
 from bkd.data.output_set import ALONE, OutputSet, open_output_set
 from bkd.data.reading import MAX_BAD_FRACTION, DecodedSample, check_bad_fraction, decoded_samples
@@ -27,23 +26,23 @@ from bkd.data.shards import Record, sample_key
 from bkd.data.survey import DataWish, SurveyedShard
 from bkd.environment import Place
 from bkd.errors import DataError
+from bkd.progress import Progress, part_of, silent
 
 MAX_BATCH = 64
 SMALL_MEMBERS = 6 << 10
 """Bytes of a cached sample besides its moments, tar headers included."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
 def cache_latents(
     shards: Sequence[SurveyedShard],
     wish: DataWish,
-    encoder: LatentEncoder,
+    settings: LatentSettings,
+    load_encoder: Callable[[], LatentEncoder],
     folder: Path,
     *,
     place: Place = ALONE,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> None:
     """Encode every wanted sample that has not been encoded yet.
 
@@ -53,7 +52,8 @@ def cache_latents(
     Args:
         shards: As surveyed.
         wish: With which they were.
-        encoder: Of the teacher that is to be distilled.
+        settings: What the latents depend on besides.
+        load_encoder: Of the teacher that is to be distilled; called only when there is something to encode.
         folder: Output; may hold an unfinished pass over the same samples.
         place: Of this process among those that share the work.
         overwrite: Whether latents of other samples or settings may be replaced.
@@ -63,25 +63,25 @@ def cache_latents(
         DataError: If too many samples of a shard are bad, or the disk is too small.
         OutputError: If the folder holds something else.
     """
-    description = LatentDescription(encoder.settings, tuple(shard.described() for shard in shards))
+    description = LatentDescription(settings, tuple(shard.described() for shard in shards))
     output = open_output_set(folder, MADE_BY, len(shards), description.facts(), place=place, overwrite=overwrite)
     counts = {number: shards[number].num_selected for number in output.share(place)}
     todo = output.unfinished(place)
-    _check_space(folder, encoder, sum(counts[number] or 0 for number in todo))
     done = sum(counts[number] or 0 for number in counts if number not in todo)
+    if not todo:
+        progress(done, done)
+        return
+    encoder = load_encoder()
+    _check_space(folder, encoder, sum(counts[number] or 0 for number in todo))
     for number in todo:
         with shards[number].source.hold() as held:
             selection = wish.select(held)
             counts[number] = len(selection)
-            report = partial(_report, progress, done, _estimate(list(counts.values())))
+            report = part_of(progress, done, _estimate(list(counts.values())))
             _cache_shard(output, number, selection, wish.caption, encoder, report)
         done += len(selection)
         index_shard(output.path(number), wish.cache)  # now, while its bytes are in memory
     progress(done, done)
-
-
-def _report(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)
 
 
 def _estimate(counts: Sequence[int | None]) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bkd.data.captions import CaptionSource
-from bkd.data.filters import field_values, is_present, select
+from bkd.data.filters import field_values, is_about_captions, is_present, select
 from bkd.data.images import open_image
 from bkd.data.index import IMAGE_EXTENSIONS, Sample, ShardIndex
 from bkd.data.indexing import index_shard, index_shards
@@ -24,13 +24,12 @@ from bkd.data.sources import LocalShard, Source
 from bkd.data.stats import shard_stats, stats_file
 from bkd.data.survey import DataWish
 from bkd.errors import DataError
+from bkd.progress import Progress, silent
 
 LOOKED_AT = 200
 """Images that are decoded, spread over all shards."""
 QUANTILES = (0, 5, 50, 95, 100)
 BORDER_LEVEL = 250
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
 @dataclass
@@ -49,6 +48,7 @@ class CheckReport:
         decoded: Images that were looked at, and `undecodable`, `bordered` and `smaller` ones among them.
         kept: Samples that training would use.
         reasons: Why it would not use the others.
+        missing: Filter that allows no missing values -> samples that lack one.
         num_duplicates: Images whose bytes an earlier one has, too.
         num_repeated_keys: Samples whose key an earlier one has, too.
         problems: Why training could not work; empty when it could.
@@ -66,6 +66,7 @@ class CheckReport:
     decoded: Counter[str] = field(default_factory=Counter)
     kept: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
     num_duplicates: int = 0
     num_repeated_keys: int = 0
     problems: list[str] = field(default_factory=list)
@@ -77,7 +78,7 @@ def check_shards(
     wish: DataWish,
     *,
     resolution: int | None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> CheckReport:
     """Look at shards as training would, and at everything around it that goes wrong in practice.
 
@@ -96,15 +97,14 @@ def check_shards(
                 index = index_shard(path, wish.cache)
                 _add_shard(report, index, path)
                 columns.add(index, wish.caption)
-                selection = select(index, wish.caption, wish.filters)
-                report.kept += len(selection)
-                report.reasons.update(selection.reasons)
+                _select(report, index, wish)
                 for sample in stride.of(number, index):
                     _look_at(report, sample, resolution)
         except DataError as error:
             report.problems.append(str(error))
         progress(number + 1, len(sources))
     columns.finish(report)
+    report.problems += [_missing(report, wished, count) for wished, count in report.missing.items() if count]
     _conclude(report, resolution)
     return report
 
@@ -123,6 +123,18 @@ def _add_shard(report: CheckReport, index: ShardIndex, path: Path) -> None:
         )
     if not len(index):
         report.notes.append(f"{path.name}: holds no samples")
+
+
+def _select(report: CheckReport, index: ShardIndex, wish: DataWish) -> None:
+    """Count what training would use; values that may not be missing are gathered for one problem, not one a shard."""
+    for each in wish.filters:
+        if each.missing == "error":
+            absent = ~is_present(field_values(index, each.field, wish.caption))
+            report.missing[str(each)] += int(absent.sum())
+    without_error = [replace(each, missing="drop") if each.missing == "error" else each for each in wish.filters]
+    selection = select(index, wish.caption, without_error)
+    report.kept += len(selection)
+    report.reasons.update(selection.reasons)
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,7 @@ def _conclude(report: CheckReport, resolution: int | None) -> None:
     if smaller := report.decoded["smaller"]:
         report.notes.append(
             f"{smaller} of {looked} images are smaller than {resolution} px and would be enlarged; "
-            f"to leave them out: data.filters.size='>= {resolution}, missing drop'"
+            f"to leave them out, filter by size: '>= {resolution}, missing drop'"
         )
     if report.num_duplicates:
         report.notes.append(f"{report.num_duplicates:,} images are byte for byte the same as an earlier one")
@@ -224,16 +236,20 @@ def _conclude(report: CheckReport, resolution: int | None) -> None:
         report.notes.append(f"members that are never read: {listed}")
 
 
+def _missing(report: CheckReport, wished: str, count: int) -> str:
+    known = ", ".join(sorted(report.metadata_fields)) or "nothing that can be read"
+    text = f"filter '{wished}': {count:,} of {report.num_samples:,} samples have no value; KEY.json has: {known}"
+    return f"{text}; say what becomes of them: missing drop, or missing keep"
+
+
 def _nothing_kept(report: CheckReport) -> str:
     if not report.num_samples:
         return "no samples: expected KEY.jpg|jpeg|png|webp with KEY.txt and KEY.json, as img2dataset writes them"
     listed = "; ".join(f"{count:,} {reason}" for reason, count in report.reasons.most_common())
     remedy = "loosen the filters"
-    if any(reason.startswith(("no txt", "caption", "no text")) for reason in report.reasons):
-        fields = ", ".join(
-            name for name in report.metadata_fields if "caption" in name.lower() or "text" in name.lower()
-        )
-        remedy = f"take captions from KEY.json: data.caption=json:FIELD ({fields or 'it has no such field'})"
+    if is_about_captions(report.reasons):
+        named = [name for name in report.metadata_fields if "caption" in name.lower() or "text" in name.lower()]
+        remedy = f"take captions from KEY.json: data.caption=json:{named[0] if named else 'FIELD'}"
     return f"none of {report.num_samples:,} samples can be used: {listed}; {remedy}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,8 @@ from bkd.data.sources import Source
 from bkd.data.stats import shard_stats
 from bkd.data.survey import DataWish, SurveyedShard, survey
 from bkd.errors import DataError
+from bkd.progress import Progress, silent
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 AESTHETIC = "aesthetic"
 SCORED_AT_ONCE = 32
 COPIED = (*IMAGE_EXTENSIONS, "txt", "json")
@@ -68,7 +67,7 @@ def filter_shards(
     *,
     predictor: Predictor | None = None,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Counter[str]:
     """Write the wanted samples of every shard into a shard of their own; finished ones are left alone.
 

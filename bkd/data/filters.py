@@ -177,6 +177,12 @@ def select(index: ShardIndex, caption: CaptionSource, filters: Sequence[Filter])
     return Selection(index, np.flatnonzero(kept), reasons)
 
 
+def is_about_captions(reasons: Mapping[str, int]) -> bool:
+    """Whether most samples are left out because of their captions."""
+    most = max(reasons, key=lambda reason: reasons[reason], default="")
+    return most.startswith(("no txt", "no json", "no text", "caption empty"))
+
+
 def _missing_values(index: ShardIndex, wish: Filter, absent: int, total: int) -> DataError:
     known = sorted(index.contents.metadata_fields)
     names = ALIASES.get(wish.field, DERIVED.get(wish.field, (wish.field,)))
@@ -187,6 +193,6 @@ def _missing_values(index: ShardIndex, wish: Filter, absent: int, total: int) ->
         got=f"{absent:,} of {total:,} samples without {' | '.join(names)}{near}; KEY.json has: "
         + (", ".join(known) or "nothing that can be read"),
         allowed="missing drop | keep | error after the comparison",
-        remedy=f"{wish.field}: '{' '.join(wish.terms[0])}, missing drop', or download with "
-        "img2dataset --save_additional_columns",
+        remedy=f"{wish.field}: '{' '.join(wish.terms[0])}, missing drop'"
+        + (", or download with img2dataset --save_additional_columns" if absent == total else ""),
     )

@@ -15,7 +15,18 @@ from bkd.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 ORIENTATION = 0x0112
-"""Of EXIF; 1 is upright."""
+"""Tag of EXIF."""
+UPRIGHT = 1
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright."""
 MAX_PIXELS = 1 << 20
 # Images above Pillow's limit are refused here; its warning would say so a second time.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -36,7 +47,7 @@ class DecodedImage:
     crop_top_left: tuple[int, int]
 
 
-def decode_image(encoded: bytes, resolution: int) -> DecodedImage:
+def decode_image(encoded: bytes, resolution: int, orientation: int = UPRIGHT) -> DecodedImage:
     """Decode an image to a square of the training resolution.
 
     EXIF orientation is applied, transparency is laid on white, of animations the first picture is taken, the shorter
@@ -45,11 +56,12 @@ def decode_image(encoded: bytes, resolution: int) -> DecodedImage:
     Args:
         encoded: A JPEG, PNG or WebP file's bytes.
         resolution: Side of the result, in pixels.
+        orientation: EXIF's number, for an image that has lost its own.
 
     Raises:
         DataError: If the bytes are not a whole image, or the image is so large that it may be an attack.
     """
-    image = open_image(encoded)
+    image = open_image(encoded, orientation)
     width, height = image.size
     if image.size != (resolution, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
@@ -60,8 +72,12 @@ def decode_image(encoded: bytes, resolution: int) -> DecodedImage:
     return DecodedImage(pixels, (height, width), (crop[0], crop[1]))
 
 
-def open_image(encoded: bytes) -> Image.Image:
+def open_image(encoded: bytes, orientation: int = UPRIGHT) -> Image.Image:
     """A whole image as RGB, upright, without transparency.
+
+    Args:
+        encoded: A JPEG, PNG or WebP file's bytes.
+        orientation: EXIF's number, for an image that has lost its own.
 
     Raises:
         DataError: As `decode_image`.
@@ -74,7 +90,8 @@ def open_image(encoded: bytes) -> Image.Image:
                 with Image.open(io.BytesIO(encoded), formats=("PNG",)) as png:
                     png.verify()  # PNG's checksums; decoding alone does not look at those of pixels
             opened.load()
-            return _rgb(ImageOps.exif_transpose(opened) if opened.getexif().get(ORIENTATION, 1) != 1 else opened)
+            turn = TURNS.get(opened.getexif().get(ORIENTATION, orientation))
+            return _rgb(opened if turn is None else opened.transpose(turn))
     except Exception as error:  # damaged files make decoders raise nearly anything
         raise DataError("image cannot be decoded", got=str(error) or type(error).__name__) from error
 

@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from bkd.data.stats import shard_stats, stats_file
 from bkd.data.tar import Member, walk
 from bkd.errors import DataError
 from bkd.files import replace_file
+from bkd.progress import Progress, silent
 
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".bkdindex"
@@ -32,11 +33,9 @@ MAX_NAMES = 200
 MAX_LANGUAGES = 256
 NAME = re.compile(rf"(?P<key>.+?)\.(?P<extension>{'|'.join(map(re.escape, EXTENSIONS))})", re.IGNORECASE | re.DOTALL)
 """A key ends where a known extension begins, so it may contain dots."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
 
 
-def index_shards(paths: Sequence[Path], cache: Path, progress: Progress = lambda done, total: None) -> list[ShardIndex]:
+def index_shards(paths: Sequence[Path], cache: Path, progress: Progress = silent) -> list[ShardIndex]:
     """The indexes of some shards, made where there is none yet.
 
     Args:

@@ -19,6 +19,16 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Numeric fields by our name: the names in KEY.json that mean it, the first present one counts."""
 LANGUAGE_NAMES = ("language", "LANGUAGE", "lang")
+ORIENTATIONS = {
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+"""exifread's words for EXIF's numbers."""
 MAX_NAME = 64
 
 
@@ -49,6 +59,16 @@ def language_of(metadata: Mapping[str, Any]) -> str:
     """The caption's language, in lower case; empty where it is not said."""
     value = next((metadata[name] for name in LANGUAGE_NAMES if isinstance(metadata.get(name), str)), "")
     return str(value).lower()[:MAX_NAME]
+
+
+def orientation_of(metadata: Mapping[str, Any]) -> int:
+    """EXIF orientation of the picture that was downloaded, 1 for upright.
+
+    img2dataset stores pictures as they lie and drops their EXIF; what it said is a JSON text inside KEY.json, in the
+    words of the package exifread.
+    """
+    found = parse_metadata(str(metadata.get("exif", "")).encode("utf-8", "replace")) or {}
+    return ORIENTATIONS.get(str(found.get("Image Orientation")), 1)
 
 
 def caption_of(text: bytes | None) -> str | None:

@@ -19,6 +19,12 @@ DATASET_FILE = "bkd_dataset.json"
 """What a folder of shards was made from and with; marks it as ours."""
 FORMAT = 1
 ALONE = Place()
+BULKY = {
+    "sources": "made from other shards",
+    "pictures": "made from other pictures",
+    "prompts": "drawn from other prompts",
+}
+"""Settings whose values tell a reader nothing."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +118,14 @@ def open_output_set(
         OutputError: If the folder holds anything else; names the settings that differ.
     """
     wanted = dataset_description(made_by, num_shards, settings)
-    there = dataset_facts(folder)
-    if there is None:
-        _require_empty(folder)
-    elif (differing := _differing(there, wanted)) and not overwrite:
+    require_ours(folder)
+    there = dataset_facts(folder) or wanted
+    if (differing := _differing(there, wanted)) and not overwrite:
         raise OutputError(
             "the output folder holds another data set",
             where=folder,
-            got="; ".join(f"{name}: {_brief(there.get(name))}" for name in differing),
-            allowed="; ".join(f"{name}: {_brief(wanted.get(name))}" for name in differing),
+            got="; ".join(_said(name, there) for name in differing),
+            allowed="; ".join(_said(name, wanted) for name in differing if name not in BULKY) or None,
             remedy="choose another -o, or add --overwrite",
         )
     write_atomically(folder / DATASET_FILE, json.dumps(wanted, indent=1) + "\n")
@@ -145,7 +150,14 @@ def dataset_description(made_by: str, num_shards: int, settings: Mapping[str, An
     return described
 
 
-def _require_empty(folder: Path) -> None:
+def require_ours(folder: Path) -> None:
+    """Refuse an output folder that holds what `bkd data` did not write, before any work is done.
+
+    Raises:
+        OutputError: Naming what lies there.
+    """
+    if dataset_facts(folder) is not None:
+        return
     if folder.is_file():
         raise OutputError("the output folder is a file", where=folder, remedy="choose another -o")
     if folder.is_dir() and (held := sorted(path.name for path in folder.iterdir())):
@@ -159,6 +171,9 @@ def _differing(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     return [name for name in names if there.get(name) != wanted.get(name)]
 
 
-def _brief(value: Any) -> str:
+def _said(name: str, facts: Mapping[str, Any]) -> str:
+    if name in BULKY:
+        return BULKY[name]
+    value = facts.get(name)
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
+    return f"{name}: {text if len(text) <= 100 else text[:80] + '…'}"

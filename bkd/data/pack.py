@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,11 +21,13 @@ from bkd.data.ahead import map_ahead
 from bkd.data.images import FORMATS, open_image
 from bkd.data.index import IMAGE_EXTENSIONS
 from bkd.data.indexing import index_shard
+from bkd.data.metadata import parse_metadata
 from bkd.data.output_set import open_output_set
 from bkd.data.picture_metadata import METADATA_FILES, Row, metadata_rows
 from bkd.data.shards import SAMPLES_PER_SHARD, NewSample, Record, to_record
 from bkd.data.stats import shard_stats
 from bkd.errors import DataError
+from bkd.progress import Progress, silent
 
 OTHER_FORMATS = ("avif", "bmp", "gif", "heic", "heif", "ico", "jfif", "jp2", "jxl", "psd", "svg", "tga", "tif", "tiff")
 STORED_AS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -35,8 +37,6 @@ DAMAGE: dict[type[BaseException | None], str] = {
     Image.DecompressionBombError: "more pixels than are safe to decode",
 }
 READ_AHEAD = 16
-Progress = Callable[[int, int], None]
-"""Called with (done, total) after each picture."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Packing:
     def samples(self) -> Iterator[NewSample]:
         """Every picture that is whole, its file's bytes unchanged.
 
-        KEY.json gets the columns of the picture's row and, in their stead where the names meet, `width` and `height`
-        (pixels, as displayed: after EXIF orientation, where img2dataset has the size before it), the same as
-        `original_width` and `original_height`, `sha256` of the stored bytes, and `source`, the relative path.
+        KEY.json gets what NAME.json and the picture's row say, and in their stead where the names meet `width` and
+        `height` (pixels, as displayed: after EXIF orientation, where img2dataset has the size before it), `sha256` of
+        the stored bytes, and `source`, the relative path; `original_width` and `original_height` where nobody said.
         """
         results = map_ahead(self._sample, self.files, workers=os.cpu_count() or 1, ahead=READ_AHEAD)
         for file, sample in zip(self.files, results, strict=True):
@@ -94,9 +94,10 @@ class Packing:
             extension = STORED_AS[str(opened.format)]
             if extension != "jpg" and getattr(opened, "is_animated", False):
                 return "animated: save one frame as PNG"
-        size = {"width": width, "height": height, "original_width": width, "original_height": height}
-        facts = {**size, "sha256": hashlib.sha256(encoded).hexdigest(), "source": file.source}
-        return NewSample(image=encoded, extension=extension, caption=file.caption, metadata={**file.columns, **facts})
+        original = {"original_width": width, "original_height": height}
+        facts = {"width": width, "height": height, "sha256": hashlib.sha256(encoded).hexdigest(), "source": file.source}
+        metadata = {**original, **file.columns, **facts}
+        return NewSample(image=encoded, extension=extension, caption=file.caption, metadata=metadata)
 
 
 def pack_folder(folder: Path, *, caption_field: str | None = None) -> Packing:
@@ -121,12 +122,16 @@ def pack_folder(folder: Path, *, caption_field: str | None = None) -> Packing:
     for source in sorted(found.pictures):
         file = _captioned(folder, source, found.captions.get(_stem(source), []), rows.pop(source, None))
         if isinstance(file, CaptionedFile):
-            files.append(file)
+            said = found.beside.get(_stem(source))
+            files.append(replace(file, columns={**_said_beside(folder, said), **file.columns}))
         else:
             found.left_out[source] = file
     for stem, names in found.captions.items():
         if stem not in found.stems:
             found.left_out |= dict.fromkeys(names, "caption without a picture")
+    for stem, name in found.beside.items():
+        if stem not in found.stems:
+            found.left_out[name] = "neither picture nor caption"
     for source in rows:
         found.left_out.setdefault(source, "in the metadata, but there is no such file")
     packing = Packing(folder, tuple(files), dict(sorted(found.left_out.items())))
@@ -142,7 +147,7 @@ def write_packing(
     cache: Path,
     per_shard: int = SAMPLES_PER_SHARD,
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Counter[str]:
     """Write the pictures into shards; finished ones are left alone.
 
@@ -202,11 +207,13 @@ def _nothing_to_pack(packing: Packing, reasons: Mapping[str, int]) -> DataError:
 
 @dataclass
 class _Found:
-    """Relative paths by kind; `captions` by path without suffix, `stems` those paths of pictures of any format."""
+    """Relative paths by kind; `captions` and `beside` (JSON files) by path without suffix, `stems` those paths of
+    pictures of any format."""
 
     folder: Path
     pictures: list[str] = field(default_factory=list)
     captions: dict[str, list[str]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
     metadata: list[str] = field(default_factory=list)
     stems: set[str] = field(default_factory=set)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -228,6 +235,8 @@ class _Found:
             self.metadata.append(source)
         elif suffix in ("txt", "caption"):
             self.captions.setdefault(stem, []).append(source)
+        elif suffix == "json":
+            self.beside[stem] = source
         elif suffix in IMAGE_EXTENSIONS:
             self.pictures.append(source)
             self.stems.add(stem)
@@ -274,6 +283,12 @@ def _captioned(folder: Path, source: str, beside: Sequence[str], row: Row | None
     for caption in places:
         return CaptionedFile(source, caption, row[2] if row else {})
     return said[0][2] if said else "no caption"
+
+
+def _said_beside(folder: Path, name: str | None) -> dict[str, Any]:
+    """What a NAME.json beside a picture says of it, as img2dataset writes one; nothing where it cannot be read."""
+    said = parse_metadata((folder / name).read_bytes()) or {} if name else {}
+    return {key: value for key, value in said.items() if value == value}  # JSON knows no NaN
 
 
 def _usable(said: object) -> tuple[str, str]:

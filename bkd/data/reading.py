@@ -10,8 +10,9 @@ from functools import partial
 
 from bkd.data.ahead import map_ahead
 from bkd.data.captions import CaptionSource
-from bkd.data.images import DecodedImage, decode_image
+from bkd.data.images import UPRIGHT, DecodedImage, decode_image
 from bkd.data.index import Sample
+from bkd.data.metadata import orientation_of, parse_metadata
 from bkd.errors import DataError
 
 MAX_BAD_FRACTION = 0.1
@@ -53,7 +54,12 @@ def _decode(sample: Sample, resolution: int, caption: CaptionSource) -> DecodedS
         text = caption.of(sample)
         if text is None or sample.image_extension is None:
             return "no image" if sample.image_extension is None else "caption empty or not UTF-8"
-        return DecodedSample(sample, decode_image(sample.read(sample.image_extension), resolution), text)
+        metadata = sample.read_if_present("json")
+        orientation = UPRIGHT
+        if metadata is not None and b"Orientation" in metadata:
+            orientation = orientation_of(parse_metadata(metadata) or {})
+        image = decode_image(sample.read(sample.image_extension), resolution, orientation)
+        return DecodedSample(sample, image, text)
     except DataError as error:
         return error.what
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from bkd.data.remote_trouble import Trouble, Why, in_our_words
 from bkd.errors import DataError
 from bkd.files import replace_file
+from bkd.progress import Progress, silent
 
 PACKAGES = {"https": "aiohttp", "http": "aiohttp", "s3": "s3fs"}
 """The schemes that are read, and what each needs."""
@@ -33,8 +34,6 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:@\[\]]*)(:[0-9]+)?|arn:[^@]*")
 ENCODED = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")
 """What an address may consist of, by RFC 3986."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total), in bytes."""
 Sleep = Callable[[float], object]
 T = TypeVar("T")
 
@@ -182,7 +181,7 @@ def fetch(
     url: str,
     target: Path,
     *,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     attempts: int = ATTEMPTS,
     sleep: Sleep = time.sleep,
     stall_seconds: float = STALL_SECONDS,
@@ -203,13 +202,7 @@ def fetch(
         DataError: If the file is missing, may not be read, cannot be copied whole, or there is no room for it.
     """
     check_scheme(url)
-    _with_attempts(
-        url, lambda: _copy(_filesystem(url, stall_seconds), url, target, progress or _no_progress), attempts, sleep
-    )
-
-
-def _no_progress(done: int, total: int) -> None:
-    pass
+    _with_attempts(url, lambda: _copy(_filesystem(url, stall_seconds), url, target, progress), attempts, sleep)
 
 
 def _copy(filesystem: Any, url: str, target: Path, progress: Progress) -> None:

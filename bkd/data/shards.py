@@ -69,7 +69,7 @@ def expand_shards(spec: str) -> list[Path]:
             "no shards found",
             where=spec,
             allowed="a .tar, a folder of them, a glob, or a brace pattern",
-            remedy="check the path",
+            remedy="check the path; a folder of pictures becomes shards with `bkd data pack`",
         )
     return sorted(set(found))
 

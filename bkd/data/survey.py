@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from bkd.data.captions import CaptionSource
-from bkd.data.filters import Filter, Selection, select
+from bkd.data.filters import Filter, Selection, is_about_captions, select
 from bkd.data.indexing import index_shard
 from bkd.data.latent_shards import SourceShard, identity_of
 from bkd.data.sources import REMOTE_CACHE_GIB, Source
 from bkd.errors import DataError
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+from bkd.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,7 @@ class SurveyedShard:
         return SourceShard(self.source.name, self.identity)
 
 
-def survey(
-    sources: Sequence[Source], wish: DataWish, progress: Progress = lambda done, total: None
-) -> tuple[SurveyedShard, ...]:
+def survey(sources: Sequence[Source], wish: DataWish, progress: Progress = silent) -> tuple[SurveyedShard, ...]:
     """Index every local shard and apply the filters; remote shards are only asked for their size.
 
     Raises:
@@ -106,5 +102,7 @@ def _nothing_left(found: Sequence[SurveyedShard], wish: DataWish) -> DataError:
         where=found[0].source.name if len(found) == 1 else f"{len(found)} shards",
         got=f"{total:,} samples: {listed}",
         allowed=f"an image with a caption ({wish.caption}); filters: {'; '.join(map(str, wish.filters)) or 'none'}",
-        remedy="look at them with `bkd data check`; captions in KEY.json: data.caption=json:FIELD",
+        remedy="take captions from KEY.json: data.caption=json:FIELD"
+        if is_about_captions(reasons)
+        else "loosen the filters; `bkd data check` shows the values",
     )

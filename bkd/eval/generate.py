@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from bkd.data.images import images_at_once, to_pixels
+from bkd.progress import Progress, silent
 
 MAX_BATCH = 50
 
@@ -22,7 +23,7 @@ def generate(
     guidance_scale: float,
     seed: int = 0,
     first: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Tensor:
     """One image for each prompt.
 

@@ -21,6 +21,7 @@ from bkd.eval.generate import generate
 from bkd.eval.pictures import side_by_side
 from bkd.eval.statistics import mcnemar_p, proportion
 from bkd.files import write_atomically
+from bkd.progress import Progress, silent
 
 NUM_PICTURED = 8
 SUITES = ("shapes", "prompts")
@@ -73,7 +74,7 @@ def evaluate(
     *,
     facts: Mapping[str, Any],
     phase: Callable[[str], None] = lambda name: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Draw the suite with every model, on the same prompts and the same noise, and score what can be scored.
 
@@ -128,9 +129,7 @@ def _score_shapes(images: Sequence[torch.Tensor], prompts: Sequence[str]) -> lis
     ]
 
 
-def _draw(
-    candidate: Candidate, prompts: Sequence[str], settings: Settings, progress: Callable[[int, int], None]
-) -> torch.Tensor:
+def _draw(candidate: Candidate, prompts: Sequence[str], settings: Settings, progress: Progress) -> torch.Tensor:
     return generate(
         candidate.pipe,
         prompts,
