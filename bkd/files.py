@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.unfinished")
+    unfinished = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{threading.get_ident()}.unfinished")
     try:
         with unfinished.open("wb") as stream:
             yield stream
@@ -52,8 +53,13 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Delete what processes that were killed had written of a file."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+    """Delete what processes of this machine that were killed had written of a file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_host()}.*.unfinished"):
         process = left.name.split(".")[-3]
-        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
+        if Path("/proc").exists() and not Path(f"/proc/{process}").exists():
             left.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """Folders may be shared by machines, on which process numbers mean others."""
+    return socket.gethostname().replace(".", "-")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bkd import files
 from bkd.caching import ensure_latents, plan_caching, read_latents
 from bkd.data import indexing
 from bkd.data.captions import CaptionSource
@@ -22,6 +25,16 @@ from bkd.data.sources import find_sources
 from bkd.data.survey import DataWish
 from bkd.errors import DataError
 from bkd.rng import StepRng
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bkd.files import replace_file
+with replace_file(Path(sys.argv[1])) as stream:
+    stream.write(b"half")
+    stream.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def png(color=(200, 10, 10), size=(32, 32), mode="RGB"):
@@ -286,6 +299,15 @@ def test_an_index_lies_beside_its_shard_or_in_the_cache(shards, tmp_path, monkey
     monkeypatch.setattr(indexing, "replace_file", real)
     monkeypatch.undo()
     assert index_shard(shards[1]) and shards[1].with_name("00001.tar.bkdindex").is_file()
+
+
+def test_what_a_killed_process_left_is_removed_when_its_file_is_written_again(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "x")]) as running:
+        running.wait(20)
+    assert len(list(tmp_path.iterdir())) == 1 and not (tmp_path / "x").exists()
+    with files.replace_file(tmp_path / "x") as stream:
+        stream.write(b"whole")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
 
 def test_an_index_is_made_again_when_its_shard_changes(shards, tmp_path):
