@@ -128,6 +128,17 @@ def test_latents_far_away_give_the_same_batches_through_a_small_cache(data, serv
     assert b"secret" not in b"".join(path.read_bytes() for path in (tmp_path / "remote").glob("*") if path.is_file())
 
 
+def test_a_cache_that_holds_no_window_is_refused(data, server, tmp_path):
+    url = serve(server, Path(data.name), "latents")
+    bound = 1.5 * max(path.stat().st_size for path in Path(data.name).glob("*.tar")) / 2**30
+    found = find_latents(url, tmp_path, remote_cache_gib=bound)
+    with pytest.raises(
+        DataError, match=r"too small(.|\n)*2 shards are shuffled together\n.*data\.remote_cache_gib=1, so"
+    ):
+        LatentSet(found, tmp_path, window=WINDOW)
+    assert len(LatentSet(found, tmp_path, window=1)) == NUM_SAMPLES
+
+
 def test_a_part_of_a_remote_data_set_is_refused(data, server, tmp_path):
     url = serve(server, Path(data.name), "part")
     server.add("part/00002_stats.json", b'{"successes": 10, "fingerprint": "of another"}')

@@ -90,7 +90,6 @@ def check_shards(
     """
     report = CheckReport(len(sources))
     columns = _Columns()
-    stride = _Stride(len(sources))
     for number, source in enumerate(sources):
         try:
             with source.hold() as path:
@@ -98,7 +97,7 @@ def check_shards(
                 _add_shard(report, index, path)
                 columns.add(index, wish.caption)
                 _select(report, index, wish)
-                for sample in stride.of(number, index):
+                for sample in _spread(index, number, len(sources)):
                     _look_at(report, sample, resolution)
         except DataError as error:
             report.problems.append(str(error))
@@ -137,17 +136,12 @@ def _select(report: CheckReport, index: ShardIndex, wish: DataWish) -> None:
     report.reasons.update(selection.reasons)
 
 
-@dataclass(frozen=True)
-class _Stride:
-    """Samples to look at: as many from every shard, spread evenly over it."""
-
-    num_shards: int
-
-    def of(self, number: int, index: ShardIndex) -> Iterator[Sample]:
-        share = max(1, LOOKED_AT // self.num_shards)
-        rows = np.flatnonzero(index.has(*IMAGE_EXTENSIONS))
-        if number < LOOKED_AT and len(rows):
-            yield from index.samples(rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).astype(int)].tolist())
+def _spread(index: ShardIndex, number: int, num_shards: int) -> Iterator[Sample]:
+    """A shard's part of `LOOKED_AT` images, spread evenly over all shards and over each."""
+    share = (number + 1) * LOOKED_AT // num_shards - number * LOOKED_AT // num_shards
+    rows = np.flatnonzero(index.has(*IMAGE_EXTENSIONS))
+    if share and len(rows):
+        yield from index.samples(rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).astype(int)].tolist())
 
 
 def _look_at(report: CheckReport, sample: Sample, resolution: int | None) -> None:

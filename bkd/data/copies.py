@@ -21,12 +21,12 @@ from typing import IO
 from bkd.data.indexing import INDEX_SUFFIX
 from bkd.data.remote import RemoteFile, describe, fetch, public_name
 from bkd.errors import DataError
+from bkd.progress import silent
 
 LOCK_SUFFIX = ".lock"
 WAIT_SECONDS = 60.0
 """For other processes to let go of a copy."""
 POLL_SECONDS = 0.1
-KEY = "data.remote_cache_gib"
 
 
 class NoRoom(Exception):
@@ -150,7 +150,7 @@ class LocalCopies:
         _remove(path)
         self._make_room(url, path, lock, remote, spare)
         try:
-            self._fetch(url, path, progress=self._require_open)
+            self._fetch(url, path, progress=self._require_open if spare else silent)
             size = path.stat().st_size
             if size != remote.size:
                 self._known.pop(url, None)
@@ -211,7 +211,7 @@ class LocalCopies:
             where=public_name(url),
             got=f"{size / 2**30:.2f} GiB for {what}",
             allowed=f"{self._max_bytes / 2**30:.2f} GiB",
-            remedy=f"raise {KEY}",
+            remedy="raise data.remote_cache_gib",
         )
 
 

@@ -14,12 +14,9 @@ from bkd.data.latent_shards import MADE_BY, LatentDescription
 from bkd.data.output_set import DATASET_FILE, OutputSet, dataset_facts, require_finished
 from bkd.data.remote import is_remote, public_name
 from bkd.data.shards import shard_name
-from bkd.data.sources import LocalShard, RemoteShard, Source, local_copies
+from bkd.data.sources import AT_ONCE, LocalShard, RemoteShard, Source, local_copies
 from bkd.data.stats import shard_stats, stats_file
 from bkd.errors import DataError
-
-AT_ONCE = 8
-"""Small files that are asked for together."""
 
 
 @dataclass(frozen=True)

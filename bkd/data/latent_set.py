@@ -19,7 +19,7 @@ from bkd.data.indexing import index_shard
 from bkd.data.latent_folder import LatentFolder
 from bkd.data.latent_shards import npy_array
 from bkd.data.order import WINDOW, Order
-from bkd.data.sources import expect
+from bkd.data.sources import expect, require_room
 from bkd.errors import DataError
 
 MAX_BAD_READS = 0.01
@@ -58,7 +58,7 @@ class LatentSet:
         window: Shards that are shuffled together.
 
     Raises:
-        DataError: If there is no sample in it.
+        DataError: If there is no sample in it, or its shards are remote and a window of them does not fit the cache.
     """
 
     def __init__(self, found: LatentFolder, cache: Path, *, window: int = WINDOW) -> None:
@@ -69,6 +69,7 @@ class LatentSet:
         self.bad = sum((Counter(stats.get("bad", {})) for stats in found.stats), Counter[str]())
         if not sum(self.counts):
             raise DataError("the cached data set is empty", where=self.name, remedy="cache shards with usable samples")
+        require_room(self.shards, window)
         self._starts = np.cumsum([0, *self.counts])
         self._reads = 0
         self.replaced: Counter[str] = Counter()

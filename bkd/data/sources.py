@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +18,11 @@ from bkd.data.remote import expand_remote, is_remote, public_name
 from bkd.data.shapes import EMBEDDED
 from bkd.data.shapes_shards import ensure_shapes_shards
 from bkd.data.shards import expand_shards
+from bkd.errors import DataError
 
 REMOTE_CACHE_GIB = 50.0
+AT_ONCE = 8
+"""Servers are asked for so many files at a time."""
 
 
 class Source(Protocol):
@@ -116,6 +121,32 @@ def find_sources(spec: str, cache: Path, *, remote_cache_gib: float = REMOTE_CAC
 def local_copies(cache: Path, remote_cache_gib: float) -> LocalCopies:
     """The copies of remote shards: one bound for all data sets of a cache folder."""
     return LocalCopies(cache / "remote", max_bytes=round(remote_cache_gib * 2**30))
+
+
+def require_room(shards: Sequence[Source], at_once: int) -> None:
+    """Refuse to read remote shards through a cache that cannot hold those that are read together.
+
+    Raises:
+        DataError: If the largest `at_once` of them do not fit.
+    """
+    remote = [shard for shard in shards if isinstance(shard, RemoteShard)]
+    if not remote:
+        return
+    copies = remote[0].copies
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        sizes = sorted(
+            (found.size for found in pool.map(copies.describe, [shard.url for shard in remote])), reverse=True
+        )
+    needed = sum(sizes[:at_once])
+    if needed > copies.max_bytes:
+        raise DataError(
+            "the cache for remote shards is too small",
+            where="data.remote_cache_gib",
+            got=f"{copies.max_bytes / 2**30:.2f} GiB",
+            allowed=f"{needed / 2**30:.2f} GiB or more: {min(at_once, len(sizes))} shards are shuffled together",
+            remedy=f"data.remote_cache_gib={math.ceil(2 * needed / 2**30)}, so that the next ones fit too, "
+            "or fewer data.shuffle_shards",
+        )
 
 
 def expect(shards: Sequence[Source]) -> None:
