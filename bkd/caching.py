@@ -82,14 +82,8 @@ def plan_caching(
         caption=str(wish.caption),
         filters=sorted(map(str, wish.filters)),
     )
-    found = find_latents(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib)
+    found = None if folder else find_latents(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib)
     if found is not None:
-        if folder is not None:
-            raise DataError(
-                "these shards hold cached latents, not images",
-                where=spec,
-                remedy="give the shards they were made from",
-            )
         _check_cached(found, settings, asks=bool(wish.filters) or wish.caption != CaptionSource())
         return Caching(settings, wish, found=found)
     sources = find_sources(spec, wish.cache, remote_cache_gib=wish.remote_cache_gib)

@@ -12,10 +12,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from bkd.errors import OutputError
+
 
 def cache_folder() -> Path:
     """Where things that can be made again are kept: `$BKD_CACHE`, or `~/.cache/bkd`."""
     return Path(os.environ.get("BKD_CACHE", "~/.cache/bkd")).expanduser()
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse an output folder that could not be made.
+
+    Raises:
+        OutputError: If it is a file, or lies where nothing can be written.
+    """
+    if folder.is_file():
+        raise OutputError("the output folder is a file", where=folder, remedy="choose another -o")
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError("nothing can be written there", where=there, got=f"-o {folder}", remedy="choose another -o")
 
 
 def file_digest(path: Path) -> str:

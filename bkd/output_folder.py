@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from bkd.errors import OutputError
+from bkd.files import require_writable
 from bkd.model_folder import parts_of
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
@@ -22,11 +22,7 @@ def require_free(folder: Path, *, overwrite: bool, marker: str) -> None:
     Raises:
         OutputError: If the folder holds anything else, is a file, or cannot be written to.
     """
-    if folder.is_file():
-        raise OutputError("the output folder is a file", where=folder, remedy="choose another -o")
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OutputError("nothing can be written there", where=there, got=f"-o {folder}", remedy="choose another -o")
+    require_writable(folder)
     replaceable = (folder / marker).is_file()
     if folder.is_dir() and any(folder.iterdir()) and not (overwrite and replaceable):
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:4])

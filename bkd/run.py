@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -148,11 +148,20 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
     run.record(device=_describe(device), num_threads=torch.get_num_threads(), teacher=recipe.teacher.id)
     listener.phase("loading the teacher")
     pipe = load_pipeline(inputs.teacher, device=device)
-    listener.phase(f"caching latents of {counted_images(inputs.caching.num_samples)}")
-    ensure_latents(inputs.caching, lambda: pipe, progress=listener.progress)
+
+    def ready() -> StableDiffusionPipeline:
+        listener.phase(f"caching latents of {counted_images(inputs.caching.num_samples)}")
+        return pipe
+
+    ensure_latents(inputs.caching, ready, progress=listener.progress)
     data = read_latents(inputs.caching, window=recipe.data.shuffle_shards)
     run.require_same("data_fingerprint", data.fingerprint)
-    run.record(num_samples=len(data), left_out=dict(data.left_out), bad_samples=dict(data.bad))
+    run.record(
+        num_samples=len(data),
+        left_out=dict(data.left_out),
+        bad_samples=dict(data.bad),
+        latents=asdict(data.description.settings),
+    )
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
         _run_stage(recipe, run, number, stage, plan, pipe, data, inputs.teacher, listener)
         run.record(replaced_samples=dict(data.replaced))

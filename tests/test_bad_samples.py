@@ -173,7 +173,7 @@ class Explosive:
 @pytest.mark.parametrize("extension", ["pkl", "pickle", "pyd", "pth", "pt"])
 def test_members_that_other_readers_run_are_never_opened(tmp_path, monkeypatch, bkd, extension):
     monkeypatch.chdir(tmp_path)
-    path = tar(tmp_path / "x.tar", {**GOOD, f"a.{extension}": pickle.dumps(Explosive()), "b.json": b"{}"})
+    path = tar(tmp_path / "x.tar", {**GOOD, f"a.{extension}": pickle.dumps(Explosive())})
     assert read_all(path)[0] == ["a square"]
     code, printed = bkd("data", "check", path)
     assert code == 0 and f"members that are never read: 1 .{extension}" in printed
@@ -303,7 +303,7 @@ def test_captions_may_come_from_metadata(tmp_path, bkd):
     members = {"a.jpg": encoded("JPEG"), "a.json": json.dumps({"caption": "from here", "n": 3}).encode()}
     path = tar(tmp_path / "x.tar", members)
     code, printed = bkd("data", "check", path)
-    assert code == 1 and "1 no txt; take captions from KEY.json: data.caption=json:caption" in printed
+    assert code == 1 and "1 no txt; take captions from KEY.json: json:caption (--caption" in printed
     assert bkd("data", "check", path, "--caption", "json:caption")[0] == 0
     code, printed = bkd("data", "check", path, "--caption", "json:n")
     assert code == 1 and "1 no text in json:n" in printed
@@ -328,3 +328,23 @@ def test_pictures_that_lost_their_exif_are_turned_by_what_metadata_says(tmp_path
     with_both = {"a.png": tagged.getvalue(), "a.txt": b"x", "a.json": metadata}
     (both,) = decoded_samples(index_shard(tar(tmp_path / "y.tar", with_both)).samples(), 32, CaptionSource(), Counter())
     assert torch.equal(both.image.pixels, kept)  # turned once
+
+
+def test_many_samples_without_captions_are_an_error_unless_they_may_go(tmp_path, bkd, bkd_refuses):
+    members = {f"{n}.png": encoded(color=(n, 0, 0)) for n in range(20)}
+    path = tar(tmp_path / "in" / "x.tar", {**members, **{f"{n}.txt": b"x" for n in range(15)}})
+    code, printed = bkd("data", "check", path)
+    assert code == 1 and "5 of 20 samples lack an image or a caption" in printed
+    code, printed = bkd("data", "cache", path, "--teacher", "shapes", "-o", tmp_path / "out")
+    assert code == 1 and "too many samples lack an image or a caption\n  got: 5 of 20: 5 no txt" in printed
+    allowed = ["--where", "caption_length >= 1, missing drop"]
+    assert bkd("data", "cache", path, "--teacher", "shapes", "-o", tmp_path / "out", *allowed)[0] == 0
+
+
+def test_check_counts_metadata_that_cannot_be_read_and_names_foreign_images(tmp_path, bkd):
+    path = tar(tmp_path / "x.tar", {**GOOD, "b.json": b"{", "b.png": encoded(), "b.txt": b"b"})
+    assert "note: 1 KEY.json cannot be read" in bkd("data", "check", path)[1]
+    code, printed = bkd("data", "check", tar(tmp_path / "y.tar", {"a.gif": encoded("GIF"), "a.txt": b"x"}))
+    assert code == 1 and "1 no image; images must be jpg, jpeg, png, webp; other members: gif" in " ".join(
+        printed.split()
+    )

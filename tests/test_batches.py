@@ -128,6 +128,19 @@ def test_latents_far_away_give_the_same_batches_through_a_small_cache(data, serv
     assert b"secret" not in b"".join(path.read_bytes() for path in (tmp_path / "remote").glob("*") if path.is_file())
 
 
+def test_a_server_that_loses_its_files_stops_the_run_at_once(data, server, tmp_path):
+    url = serve(server, Path(data.name), "latents")
+    remote = LatentSet(find_latents(url, tmp_path, remote_cache_gib=1), tmp_path, window=WINDOW)
+    for path in list(server.files):
+        server.faults[path] = [404]
+    before = sum(server.gets.values())
+    with pytest.raises(
+        DataError, match=r"remote file cannot be read\n  got: there is no such file"
+    ):
+        remote.gather(np.arange(NUM_SAMPLES))
+    assert sum(server.gets.values()) - before == 1 and not remote.replaced
+
+
 def test_a_cache_that_holds_no_window_is_refused(data, server, tmp_path):
     url = serve(server, Path(data.name), "latents")
     bound = 1.5 * max(path.stat().st_size for path in Path(data.name).glob("*.tar")) / 2**30

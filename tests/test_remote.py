@@ -15,9 +15,10 @@ import pytest
 
 from bkd.data import remote
 from bkd.data.copies import LocalCopies, local_name
-from bkd.data.remote import RemoteFile, check_scheme, describe, expand_remote, fetch, is_remote, public_name
+from bkd.data.remote import RemoteFile, check_scheme, describe, expand_remote, fetch, is_remote, public_name, shown
 from bkd.data.stats import stats_file
 from bkd.errors import DataError
+from bkd.recipe.load import dump_recipe, load_recipe, result_keys
 from tests.remote_server import BODY, LIMIT_SECONDS, TOKEN
 
 pytest.importorskip("aiohttp")
@@ -495,6 +496,19 @@ def test_busy_users_never_exceed_the_bound_nor_lose_what_they_hold(files, tmp_pa
     finally:
         for copies in users:
             copies.close()
+
+
+def test_no_verb_prints_or_stores_a_token(server, bkd, tmp_path):
+    server.add("there.tar", b"no tar" * 200)
+    for address in (server.url("nosuch.tar"), server.url("there.tar")):
+        code, printed = bkd("data", "check", address + TOKEN)
+        assert code == 1 and "secret" not in printed and address in printed
+    recipe = load_recipe("shapes/sd-small", [f"data.shards={server.url('x/') + TOKEN}"])
+    assert "secret" not in dump_recipe(recipe) + str(result_keys(recipe))
+    assert (
+        shown("bkd train r data.shards=https://me:pass@h/x.tar?t=1 a=b")
+        == "bkd train r data.shards=https://h/x.tar a=b"
+    )
 
 
 # S3.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -107,12 +108,13 @@ class ProgressView:
 
 
 @contextmanager
-def progress_view(rate: str = "", *, quiet: bool = False) -> Iterator[ProgressView]:
+def progress_view(rate: str = "", *, quiet: bool = False, continues: bool = False) -> Iterator[ProgressView]:
     """A bar with counts and remaining time; plain lines where the output is no terminal.
 
     Args:
         rate: Unit of the speed to show, such as `samples/s`.
         quiet: Show nothing: for all processes but the first.
+        continues: Whether the same command would go on where this one was interrupted, which is then said.
     """
     if quiet:
         yield SilentView(Progress(disable=True))
@@ -122,7 +124,13 @@ def progress_view(rate: str = "", *, quiet: bool = False) -> Iterator[ProgressVi
     bar = console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not bar) as progress:
         view = ProgressView(progress, rate) if bar else PlainView(progress, rate)
-        yield view
+        try:
+            yield view
+        except KeyboardInterrupt:
+            if not continues:
+                raise
+            console.print("stopped; run the same command to continue")
+            raise typer.Exit(130) from None
         view.close()
 
 

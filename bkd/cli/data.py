@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
@@ -11,6 +10,8 @@ import typer
 from bkd.cli.console import console, counted, prepare, progress_view
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
     from bkd.data.filtering import Predictor
     from bkd.data.survey import DataWish
 
@@ -85,12 +86,12 @@ def pack(
 
     require_ours(output)
     packing = pack_folder(folder, caption_field=caption)
-    with progress_view() as view:
+    with progress_view(continues=True) as view:
         view.phase(f"packing {counted(len(packing.files), 'picture')}")
         totals = write_packing(
             packing, output, per_shard=per_shard, overwrite=overwrite, cache=cache_folder(), progress=view.update
         )
-    show_reasons("packed", totals)
+    show_reasons("packed", totals, "files")
     console.print(f"done: {output}")
 
 
@@ -103,7 +104,10 @@ def check(
     resolution: Annotated[Optional[int], typer.Option(min=8, help="Side of the training images, in pixels.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Look for everything that would spoil a training; exit code 1 when none could work."""
+    """Find what would spoil a training on these shards.
+
+    Exit code 1 when none could work.
+    """
     from bkd.cli.data_view import show_check, show_latents
     from bkd.data.check import check_latents, check_shards, require_usable
     from bkd.data.sources import find_sources
@@ -134,7 +138,10 @@ def filter_(
     head: Annotated[Optional[Path], typer.Option(help="Weights of LAION's aesthetic predictor, V1 or V2.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write new shards with the samples that pass, and a table of why the others do not."""
+    """Copy the samples that pass into new shards.
+
+    Prints a table of why the others do not.
+    """
     from bkd.cli.data_view import show_reasons
     from bkd.data.filtering import filter_shards, survey_to_filter
     from bkd.data.output_set import require_ours
@@ -144,7 +151,7 @@ def filter_(
     require_ours(output)
     wish = _wish(recipe, caption, where)
     predictor = _predictor(score_with, head)
-    with progress_view() as view:
+    with progress_view(continues=True) as view:
         view.phase("indexing")
         surveyed = survey_to_filter(find_sources(shards, cache_folder()), wish, predictor, view.update)
         view.phase("filtering")
@@ -169,7 +176,10 @@ def cache(
     mirrored: Annotated[bool, typer.Option(help="Encode mirrored images, too; not where captions name sides.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Encode images and captions once; under `accelerate launch` the shards are shared between the processes."""
+    """Encode images and captions once.
+
+    Under `accelerate launch` the shards are shared between the processes.
+    """
     prepare()
     from bkd.caching import counted_images, ensure_latents, plan_caching
     from bkd.cli.data_view import show_latents
@@ -183,13 +193,16 @@ def cache(
     require_ours(output)
     wish, place, folder = _wish(recipe, caption, where), process_place(), locate(teacher)
     side = resolution or native_resolution(folder)
-    with progress_view(rate="samples/s", quiet=place.rank > 0) as view:
+    with progress_view("samples/s", quiet=place.rank > 0, continues=True) as view:
         view.phase("indexing")
         caching = plan_caching(
             shards, folder, wish, resolution=side, mirrored=mirrored, folder=output, progress=view.update
         )
-        view.phase(f"encoding {counted_images(caching.num_samples)}")
-        load = partial(load_pipeline, folder, device=best_device(), without=("unet", "text_encoder", "text_encoder_2"))
+
+        def load() -> StableDiffusionPipeline:
+            view.phase(f"encoding {counted_images(caching.num_samples)}")
+            return load_pipeline(folder, device=best_device(), without=("unet", "text_encoder", "text_encoder_2"))
+
         ensure_latents(caching, load, place=place, overwrite=overwrite, progress=view.update)
     if place.world_size == 1 and (latents := check_latents(str(output), wish)) is not None:
         show_latents(latents)
@@ -209,7 +222,10 @@ def generate(
     per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 1000,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw shards with a teacher, one image for each prompt; any number of processes draws the same ones."""
+    """Draw shards with a teacher, an image a prompt.
+
+    Any number of processes draws the same ones.
+    """
     prepare()
     from bkd.data.output_set import require_ours
     from bkd.environment import process_place
@@ -223,7 +239,7 @@ def generate(
         num_inference_steps=steps, guidance_scale=guidance, seed=seed, extension=image_format, per_shard=per_shard
     )
     place = process_place()
-    with progress_view(rate="images/s", quiet=place.rank > 0) as view:
+    with progress_view("images/s", quiet=place.rank > 0, continues=True) as view:
         view.phase(f"drawing {counted(len(texts), 'prompt')}")
         generate_with(teacher, texts, drawing, output, place=place, overwrite=overwrite, progress=view.update)
     if place.rank == 0:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from bkd.data.latent_set import LatentSet
 
 
-def show_reasons(done: str, totals: Counter[str]) -> None:
+def show_reasons(done: str, totals: Counter[str], things: str = "samples") -> None:
     """A row for what was taken, under the name `kept`, then one for each reason for which others were not."""
     total = max(1, totals.total())
     rows = [(done, f"{totals['kept']:,}", f"{totals['kept'] / total:.1%}")]
     rows += [(name, f"{n:,}", f"{n / total:.1%}") for name, n in totals.most_common() if name != "kept"]
-    console.print(table(f"{totals.total():,} samples", ("", "samples", "share"), rows))
+    console.print(table(f"{totals.total():,} {things}", ("", things, "share"), rows))
 
 
 def show_check(report: CheckReport, *, as_json: bool) -> None:

@@ -66,6 +66,7 @@ def _already_done(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
 def _train(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     console.print("loading …")
     prepare()
+    from bkd.data.remote import shown
     from bkd.run import Listener, check_inputs, run_recipe
     from bkd.run_folder import open_run
     from bkd.train import Interrupted
@@ -74,7 +75,7 @@ def _train(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         view.phase("checking teacher and shards")
         inputs = check_inputs(recipe, view.update)
         run, _ = open_run(folder, recipe, overwrite=overwrite)
-        run.record(command=shlex.join(["bkd", *sys.argv[1:]]))
+        run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))
         listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
         try:
             run_recipe(recipe, run, inputs, listener)

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bkd.data.captions import CaptionSource
-from bkd.data.filters import field_values, is_about_captions, is_present, select
+from bkd.data.filters import NO_IMAGE, field_values, is_about_captions, is_present, num_bad, select
 from bkd.data.images import open_image
 from bkd.data.index import IMAGE_EXTENSIONS, Sample, ShardIndex
 from bkd.data.indexing import index_shard, index_shards
 from bkd.data.latent_folder import find_latents
 from bkd.data.latent_set import LatentSet
 from bkd.data.metadata import ALIASES
+from bkd.data.reading import MAX_BAD_FRACTION
+from bkd.data.remote import shown
 from bkd.data.sources import LocalShard, Source
 from bkd.data.stats import shard_stats, stats_file
 from bkd.data.survey import DataWish
@@ -49,6 +51,7 @@ class CheckReport:
         kept: Samples that training would use.
         reasons: Why it would not use the others.
         missing: Filter that allows no missing values -> samples that lack one.
+        num_unreadable: KEY.json that are no JSON mapping.
         num_duplicates: Images whose bytes an earlier one has, too.
         num_repeated_keys: Samples whose key an earlier one has, too.
         problems: Why training could not work; empty when it could.
@@ -67,6 +70,7 @@ class CheckReport:
     kept: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
+    num_unreadable: int = 0
     num_duplicates: int = 0
     num_repeated_keys: int = 0
     problems: list[str] = field(default_factory=list)
@@ -114,6 +118,8 @@ def _add_shard(report: CheckReport, index: ShardIndex, path: Path) -> None:
     report.members.update({name: int(places.present().sum()) for name, places in index.members.items()})
     report.foreign.update(index.contents.foreign)
     report.metadata_fields.update(index.contents.metadata_fields)
+    if "json" in index.members:
+        report.num_unreadable += int(index.members["json"].present().sum()) - index.contents.num_metadata
     expected = shard_stats(path).get("successes")
     if isinstance(expected, int) and expected != len(index):
         report.notes.append(
@@ -203,6 +209,12 @@ def _num_repeated(parts: list[NDArray[np.uint64]]) -> int:
 def _conclude(report: CheckReport, resolution: int | None) -> None:
     if not report.kept and not report.problems:
         report.problems.append(_nothing_kept(report))
+    lacking = num_bad(report.reasons)
+    if report.kept and lacking > MAX_BAD_FRACTION * report.num_samples:
+        report.problems.append(
+            f"{lacking:,} of {report.num_samples:,} samples lack an image or a caption: take captions from elsewhere "
+            "(--caption json:FIELD), or say that these may go: filter caption_length by '>= 1, missing drop'"
+        )
     looked, bad = report.decoded["looked at"], report.decoded["undecodable"]
     if looked and bad > looked / 10:
         report.problems.append(f"{bad} of {looked} images cannot be decoded: download the shards again")
@@ -219,6 +231,8 @@ def _conclude(report: CheckReport, resolution: int | None) -> None:
             f"{smaller} of {looked} images are smaller than {resolution} px and would be enlarged; "
             f"to leave them out, filter by size: '>= {resolution}, missing drop'"
         )
+    if report.num_unreadable:
+        report.notes.append(f"{report.num_unreadable:,} KEY.json cannot be read; their fields count as missing")
     if report.num_duplicates:
         report.notes.append(f"{report.num_duplicates:,} images are byte for byte the same as an earlier one")
     if report.num_repeated_keys:
@@ -243,7 +257,12 @@ def _nothing_kept(report: CheckReport) -> str:
     remedy = "loosen the filters"
     if is_about_captions(report.reasons):
         named = [name for name in report.metadata_fields if "caption" in name.lower() or "text" in name.lower()]
-        remedy = f"take captions from KEY.json: data.caption=json:{named[0] if named else 'FIELD'}"
+        remedy = f"take captions from KEY.json: json:{named[0]} (--caption, in a recipe data.caption)"
+        if not named:
+            remedy = "captions must lie in KEY.txt, or in a field of KEY.json"
+    elif NO_IMAGE in report.reasons and report.reasons.most_common(1)[0][0] == NO_IMAGE:
+        found = ", ".join(report.foreign) or "none"
+        remedy = f"images must be {', '.join(IMAGE_EXTENSIONS)}; other members: {found}"
     return f"none of {report.num_samples:,} samples can be used: {listed}; {remedy}"
 
 
@@ -254,7 +273,7 @@ def require_usable(report: CheckReport, spec: str) -> None:
         DataError: With every problem that was found.
     """
     if report.problems:
-        raise DataError("training on these shards could not work", where=spec, got="\n  ".join(report.problems))
+        raise DataError("training on these shards could not work", where=shown(spec), got="\n  ".join(report.problems))
 
 
 def as_json(report: CheckReport) -> Mapping[str, Any]:

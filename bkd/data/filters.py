@@ -28,7 +28,13 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "=": operator.eq,
 }
 TERM = re.compile(r"(>=|<=|>|<|=)\s*(\S+)")
-FORM = "FIELD: 'OPERATOR VALUE, …, missing drop|keep|error', such as aesthetic: '>= 6.5, missing drop'"
+FORM = (
+    "FIELD: 'OPERATOR VALUE, …, missing drop|keep|error' with >= <= > < or =, such as "
+    "aesthetic: '>= 6.5, missing drop'; on the command line --where 'aesthetic >= 6.5, missing drop'"
+)
+NO_IMAGE = "no image"
+NO_CAPTION = ("no txt", "no json", "no text", "caption empty")
+"""How the reasons begin for which a sample has no caption."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def parse_where(text: str) -> Filter:
     """Read a filter with its field in front, such as `aesthetic >= 6.5, missing drop`."""
     match = re.match(r"\s*(\w+)\s*(.*)", text, re.DOTALL)
     if match is None:
-        raise DataError("this is no filter", where="--where", got=repr(text), allowed=FORM.replace(":", "", 1))
+        raise DataError("this is no filter", where="--where", got=repr(text), allowed=FORM)
     return parse_filter(match[1], match[2])
 
 
@@ -162,7 +168,7 @@ def select(index: ShardIndex, caption: CaptionSource, filters: Sequence[Filter])
             reasons[reason] = count
         kept = kept & ~dropped
 
-    drop("no image", ~index.has(*IMAGE_EXTENSIONS))
+    drop(NO_IMAGE, ~index.has(*IMAGE_EXTENSIONS))
     drop(f"no {caption.extension}", ~index.has(caption.extension))
     drop("caption empty or not UTF-8" if caption.field is None else f"no text in {caption}", caption.lengths(index) < 0)
     for wish in filters:
@@ -177,10 +183,14 @@ def select(index: ShardIndex, caption: CaptionSource, filters: Sequence[Filter])
     return Selection(index, np.flatnonzero(kept), reasons)
 
 
+def num_bad(reasons: Mapping[str, int]) -> int:
+    """How many samples are left out for what they lack, not by a filter."""
+    return sum(count for reason, count in reasons.items() if reason == NO_IMAGE or reason.startswith(NO_CAPTION))
+
+
 def is_about_captions(reasons: Mapping[str, int]) -> bool:
     """Whether most samples are left out because of their captions."""
-    most = max(reasons, key=lambda reason: reasons[reason], default="")
-    return most.startswith(("no txt", "no json", "no text", "caption empty"))
+    return max(reasons, key=lambda reason: reasons[reason], default="").startswith(NO_CAPTION)
 
 
 def _missing_values(index: ShardIndex, wish: Filter, absent: int, total: int) -> DataError:

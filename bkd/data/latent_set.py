@@ -19,6 +19,7 @@ from bkd.data.indexing import index_shard
 from bkd.data.latent_folder import LatentFolder
 from bkd.data.latent_shards import npy_array
 from bkd.data.order import WINDOW, Order
+from bkd.data.remote import RemoteError
 from bkd.data.sources import expect, require_room
 from bkd.errors import DataError
 
@@ -113,6 +114,8 @@ class LatentSet:
         for offset in range(len(self)):
             try:
                 return self._read((index + offset) % len(self), mirror)
+            except RemoteError:  # all samples of the shard are as far away: replacing them would take hours
+                raise
             except DataError as error:
                 self.replaced[error.what] += 1
                 self._check_replaced(error)

@@ -28,6 +28,18 @@ from bkd.data.output_set import FORMAT, dataset_description
 from bkd.errors import DataError
 
 MADE_BY = "cache"
+OPTIONS = {
+    "vae": "--teacher …",
+    "vae_dtype": "--teacher …",
+    "tokenizers": "--teacher …",
+    "resolution": "--resolution …",
+    "crop": "",
+    "dtype": "",
+    "mirrored": "--mirrored",
+    "caption": "--caption …",
+    "filters": "--where …",
+}
+"""Which option of `bkd data cache` decides a setting."""
 SIDES = re.compile(
     r"\b(left|right|leftmost|rightmost|clockwise|links|rechts|linke\w?|rechte\w?|gauche|droite|izquierd[ao]|derech[ao]"
     r"|sinistr[ao]|destr[ao]|esquerd[ao]|direit[ao])\b|[左右]",
@@ -146,7 +158,8 @@ def require_same_settings(found: LatentSettings, wanted: LatentSettings, where: 
             where=where,
             got="; ".join(f"{name}: {_brief(asdict(found)[name])}" for name in differing),
             allowed="; ".join(f"{name}: {_brief(asdict(wanted)[name])}" for name in differing),
-            remedy="cache the shards again with this teacher: bkd data cache SHARDS --teacher … -o DIR",
+            remedy="change the recipe, or cache the shards again: bkd data cache SHARDS -o DIR "
+            + " ".join(dict.fromkeys(OPTIONS[name] for name in differing)),
         )
 
 

@@ -13,7 +13,7 @@ from bkd.data.shards import Record, shard_name, write_shard
 from bkd.data.stats import shard_stats, stats_file
 from bkd.environment import Place
 from bkd.errors import DataError, OutputError
-from bkd.files import write_atomically
+from bkd.files import require_writable, write_atomically
 
 DATASET_FILE = "bkd_dataset.json"
 """What a folder of shards was made from and with; marks it as ours."""
@@ -158,8 +158,7 @@ def require_ours(folder: Path) -> None:
     """
     if dataset_facts(folder) is not None:
         return
-    if folder.is_file():
-        raise OutputError("the output folder is a file", where=folder, remedy="choose another -o")
+    require_writable(folder)
     if folder.is_dir() and (held := sorted(path.name for path in folder.iterdir())):
         raise OutputError(
             "the output folder holds something else", where=folder, got=", ".join(held[:4]), remedy="choose another -o"

@@ -34,7 +34,9 @@ def metadata_rows(folder: Path, names: Sequence[str], caption_field: str | None)
     if len({PurePosixPath(name).parent for name in names}) < len(names):
         raise DataError("two metadata files in one folder: keep one", where=folder, got=", ".join(sorted(names)))
     if caption_field and not names:
-        raise DataError(f"no metadata file that could have '{caption_field}'", where=folder, allowed=METADATA_FILES)
+        raise DataError(
+            f"no metadata file that could have '{caption_field}'", where=folder, allowed=" or ".join(METADATA_FILES)
+        )
     found: dict[str, Row] = {}
     for name in sorted(names):
         rows = list(_read_rows(folder / name))

@@ -34,8 +34,13 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:@\[\]]*)(:[0-9]+)?|arn:[^@]*")
 ENCODED = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")
 """What an address may consist of, by RFC 3986."""
+ADDRESS = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
 Sleep = Callable[[float], object]
 T = TypeVar("T")
+
+
+class RemoteError(DataError):
+    """A file that cannot be had from its server, whose other files it would be no use to ask for."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,11 @@ def public_name(url: str) -> str:
     authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     host = authority.rpartition("@")[2]
     return f"{scheme}://{host}{slash}{path}" if HOST.fullmatch(host) else f"{scheme}://…"
+
+
+def shown(text: str) -> str:
+    """A text with every address in it as it may be shown or stored."""
+    return ADDRESS.sub(lambda found: public_name(found[0]), text)
 
 
 def expand_remote(spec: str) -> list[str]:
@@ -309,7 +319,7 @@ def _with_attempts(url: str, action: Callable[[], T], attempts: int = ATTEMPTS, 
         if attempt < attempts:
             sleep(min(2.0 ** (attempt - 1), MAX_PAUSE))
     # Outside of the handler, so that no error of a library hangs on to this one.
-    raise DataError(
+    raise RemoteError(
         "remote file cannot be read",
         where=public_name(url),
         got=why.reason if why.final else f"{why.reason}; tried {attempt} times",

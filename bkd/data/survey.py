@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bkd.data.captions import CaptionSource
-from bkd.data.filters import Filter, Selection, is_about_captions, select
+from bkd.data.filters import Filter, Selection, is_about_captions, num_bad, select
 from bkd.data.indexing import index_shard
 from bkd.data.latent_shards import SourceShard, identity_of
+from bkd.data.reading import MAX_BAD_FRACTION
 from bkd.data.sources import REMOTE_CACHE_GIB, Source
 from bkd.errors import DataError
 from bkd.progress import Progress, silent
@@ -74,7 +75,25 @@ def survey(sources: Sequence[Source], wish: DataWish, progress: Progress = silen
             progress(len(found), len(sources))
     if all(shard.num_selected == 0 for shard in found):
         raise _nothing_left(found, wish)
+    if not any(each.field == "caption_length" and each.missing == "drop" for each in wish.filters):
+        _check_lacking(found, wish)
     return tuple(found)
+
+
+def _check_lacking(found: Sequence[SurveyedShard], wish: DataWish) -> None:
+    """Refuse data of which a good part is not what it was taken for, unless a filter says that this part may go."""
+    total = sum(shard.num_samples or 0 for shard in found)
+    reasons = sum((shard.reasons for shard in found), Counter[str]())
+    if num_bad(reasons) > MAX_BAD_FRACTION * total:
+        raise DataError(
+            "too many samples lack an image or a caption",
+            where=found[0].source.name if len(found) == 1 else f"{len(found)} shards",
+            got=f"{num_bad(reasons):,} of {total:,}: "
+            + "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common()),
+            allowed=f"at most {MAX_BAD_FRACTION:.0%}, with captions from {wish.caption}",
+            remedy="take captions from elsewhere (data.caption=json:FIELD), or say that these samples may go: "
+            "data.filters.caption_length='>= 1, missing drop'",
+        )
 
 
 def _survey(source: Source, wish: DataWish) -> SurveyedShard:

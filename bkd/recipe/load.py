@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bkd.data.captions import CaptionSource
 from bkd.data.filters import parse_filter
+from bkd.data.remote import shown
 from bkd.errors import DataError, RecipeError, suggest
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe
 from bkd.surgery.presets import PRESET_NAMES, is_unknown_name, split_list
@@ -131,13 +132,19 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str]
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML; loading it gives an equal recipe."""
-    return yaml.dump(json.loads(TypeAdapter(Recipe).dump_json(recipe)), Dumper=_Dumper, sort_keys=False)
+    """The whole recipe as YAML; loading it gives an equal recipe, but for tokens in addresses, which are left out."""
+    return yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False)
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(TypeAdapter(Recipe).dump_json(recipe))
+    plain["data"]["shards"] = shown(recipe.data.shards)
+    return plain
 
 
 def result_keys(recipe: Recipe) -> dict[str, Any]:
     """Flat `key: value` of everything that affects the trained weights."""
-    flat = _flatten(json.loads(TypeAdapter(Recipe).dump_json(recipe)))
+    flat = _flatten(_plain(recipe))
     return {key: value for key, value in flat.items() if not any(_inside(key, free) for free in FREE_KEYS)}
 
 
