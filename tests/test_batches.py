@@ -134,9 +134,7 @@ def test_a_server_that_loses_its_files_stops_the_run_at_once(data, server, tmp_p
     for path in list(server.files):
         server.faults[path] = [404]
     before = sum(server.gets.values())
-    with pytest.raises(
-        DataError, match=r"remote file cannot be read\n  got: there is no such file"
-    ):
+    with pytest.raises(DataError, match=r"remote file cannot be read\n  got: there is no such file"):
         remote.gather(np.arange(NUM_SAMPLES))
     assert sum(server.gets.values()) - before == 1 and not remote.replaced
 

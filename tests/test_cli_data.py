@@ -179,7 +179,7 @@ def test_pack_makes_shards_of_pictures(bkd, tmp_path):
     (tmp_path / "in" / "broken.png").write_bytes(b"no")
     (tmp_path / "in" / "broken.txt").write_text("x")
     code, printed = bkd("data", "pack", tmp_path / "in", "-o", tmp_path / "out", "--per-shard", "3")
-    assert code == 0 and "6 samples" in printed and "not a JPEG, PNG or WebP" in printed
+    assert code == 0 and "6 files" in printed and "not a JPEG, PNG or WebP" in printed
     assert [len(index_shard(tmp_path / "out" / f"0000{n}.tar")) for n in range(2)] == [2, 3]
     assert bkd("data", "check", tmp_path / "out")[0] == 0
     first = files(tmp_path / "out")
