@@ -294,7 +294,7 @@ def test_check_counts_what_is_there(bkd, downloaded):
     assert report["reasons"] == {"caption empty or not UTF-8": len(found) - len(captioned(found))}
     assert report["num_duplicates"] == len(found) - len({sample["jpg"] for sample in found.values()}) >= 7
     assert report["num_repeated_keys"] == 0 and not report["problems"]
-    assert report["decoded"] == {"looked at": 198}
+    assert report["decoded"] == {"looked at": 200}
     for name, column in {"aesthetic": "AESTHETIC_SCORE", "pwatermark": "pwatermark"}.items():
         there = [value for row in found if not is_missing(value := downloaded.rows[row][column])]
         assert report["coverage"][name] == len(there)
