@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bkd.data.copies import LocalCopies
-from bkd.data.latent_shards import MADE_BY, LatentDescription
+from bkd.data.latent_shards import LatentDescription, holds_latents
 from bkd.data.output_set import DATASET_FILE, OutputSet, dataset_facts, require_finished
 from bkd.data.remote import is_remote, public_name
 from bkd.data.shards import shard_name
@@ -50,7 +50,7 @@ def find_latents(spec: str, cache: Path, *, remote_cache_gib: float) -> LatentFo
     if is_remote(spec):
         return _remote_latents(spec, local_copies(cache, remote_cache_gib))
     folder = Path(spec).expanduser()
-    return open_latents(folder) if (dataset_facts(folder) or {}).get("made_by") == MADE_BY else None
+    return open_latents(folder) if holds_latents(folder) else None
 
 
 def open_latents(folder: Path) -> LatentFolder:

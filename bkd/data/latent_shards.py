@@ -17,14 +17,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bkd.data.index import ShardIndex
-from bkd.data.output_set import FORMAT, dataset_description
+from bkd.data.output_set import FORMAT, dataset_description, dataset_facts
 from bkd.errors import DataError
 
 MADE_BY = "cache"
@@ -100,7 +101,7 @@ class LatentDescription:
     settings: LatentSettings
     sources: tuple[SourceShard, ...]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with anything that changes a latent or a token id, or their order."""
         return str(dataset_description(MADE_BY, len(self.sources), self.facts())["fingerprint"])
@@ -131,6 +132,11 @@ class LatentDescription:
                 remedy="cache the shards again: bkd data cache",
             ) from None
         return found
+
+
+def holds_latents(folder: Path) -> bool:
+    """Whether `bkd data cache` wrote a folder."""
+    return (dataset_facts(folder) or {}).get("made_by") == MADE_BY
 
 
 def _hashable(value: Any) -> Any:

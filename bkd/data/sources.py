@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from bkd.data.copies import LocalCopies
-from bkd.data.output_set import dataset_facts, described_set, require_finished
+from bkd.data.latent_shards import holds_latents
+from bkd.data.output_set import described_set, require_finished
 from bkd.data.remote import expand_remote, is_remote, public_name
 from bkd.data.shapes import EMBEDDED
 from bkd.data.shapes_shards import ensure_shapes_shards
@@ -112,7 +113,7 @@ def find_sources(spec: str, cache: Path, *, remote_cache_gib: float = REMOTE_CAC
     if spec == EMBEDDED:
         spec = str(ensure_shapes_shards(cache))
     paths = expand_shards(spec)
-    if (dataset_facts(Path(spec).expanduser()) or {}).get("made_by") == "cache":
+    if holds_latents(Path(spec).expanduser()):
         raise DataError(
             "these shards hold cached latents, not images", where=spec, remedy="give the shards they were made from"
         )
