@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from bkd.data.latent_folder import LatentFolder, find_latents, open_latents
 from bkd.data.latent_set import LatentSet
 from bkd.data.latent_shards import LatentDescription, LatentSettings, require_same_settings
 from bkd.data.order import WINDOW
-from bkd.data.output_set import ALONE
+from bkd.data.output_set import ALONE, OutputSet
 from bkd.data.sources import find_sources
 from bkd.data.survey import DataWish, SurveyedShard, survey
 from bkd.environment import Place
@@ -143,6 +144,24 @@ def ensure_latents(
             overwrite=overwrite,
             progress=progress,
         )
+
+
+def wait_for_latents(caching: Caching, progress: Progress = silent) -> None:
+    """Until other processes, perhaps on other machines, have encoded their shares, too.
+
+    Args:
+        caching: As planned.
+        progress: Called with (done, total) shards.
+    """
+    if caching.found is not None:
+        return
+    description = LatentDescription(caching.settings, tuple(shard.described() for shard in caching.shards))
+    output = OutputSet(caching.folder, len(caching.shards), description.fingerprint)
+    missing = output.unfinished()
+    while missing:
+        progress(output.num_shards - len(missing), output.num_shards)
+        time.sleep(1)
+        missing = [number for number in missing if not output.is_finished(number)]
 
 
 def read_latents(caching: Caching, *, window: int = WINDOW) -> LatentSet:

@@ -54,6 +54,19 @@ class NoiseSchedule:
         alpha, sigma = self._at(timesteps, like=latents)
         return alpha * noise - sigma * latents  # v, equation in section 4 of arXiv:2202.00512
 
+    def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Weight of a sample's squared error, (B,), float32: min(SNR, gamma) on the clean latents' error.
+
+        Source:
+            Hang et al. 2023, arXiv:2303.09556, equations 7 and 8; SNR = alpha^2 / sigma^2.
+        """
+        index = timesteps.to("cpu")
+        alpha, sigma = self.alphas[index], self.sigmas[index]
+        bounded = torch.minimum(alpha.square(), gamma * sigma.square())  # min(SNR, gamma) sigma^2
+        # An error of x is one of eps times sigma / alpha, and one of v times sigma.
+        of_type = {"epsilon": alpha.square(), "v_prediction": torch.ones_like(alpha), "sample": sigma.square()}
+        return torch.nan_to_num(bounded / of_type[self.prediction_type], nan=1.0).float()
+
     def _at(self, timesteps: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
         index = timesteps.to("cpu")
         shape = (-1,) + (1,) * (like.ndim - 1)

@@ -7,6 +7,7 @@ checkpoints/<stage>/<step>/
 stages/<nn-name>/student/     students of all stages but the last
 student/             the final one, a stock pipeline folder
 samples/  eval/  report.html
+run.lock             while a process works on it
 """
 
 from __future__ import annotations
@@ -25,15 +26,22 @@ from bkd.errors import OutputError
 from bkd.files import write_atomically
 from bkd.recipe.load import dump_recipe, load_recipe, result_keys
 from bkd.recipe.schema import Recipe
+from bkd.run_lock import LOCK_FILE, require_not_held
 
 State = Literal["new", "continue", "done"]
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run folder, and the facts recorded there."""
+    """Paths inside a run folder, and the facts recorded there.
+
+    Attributes:
+        path: The folder.
+        writes: Whether this process records facts: the first of those that train together.
+    """
 
     path: Path
+    writes: bool = True
 
     @property
     def recipe_file(self) -> Path:
@@ -81,40 +89,56 @@ class RunFolder:
 
     def record(self, **facts: Any) -> None:
         """Add facts to run.json, replacing the file as a whole."""
+        if not self.writes:
+            return
         known = self.facts() if self.facts_file.is_file() else {}
         write_atomically(self.facts_file, json.dumps({**known, **facts}, indent=2) + "\n")
 
-    def require_same(self, name: str, value: object) -> None:
+    def require_same(self, name: str, value: object, *, force: bool = False) -> None:
         """Record a fact, or refuse when an earlier part of this run had another.
+
+        Args:
+            name: Of the fact.
+            value: As it is now.
+            force: Whether another one may take its place.
 
         Raises:
             OutputError: Naming the fact.
         """
-        known = self.facts().get(name)
-        if known is not None and known != value:
+        known = self.facts().get(name) if self.writes else None
+        if known is not None and known != value and not force:
             raise OutputError(
                 f"this run was started with another {name.replace('_', ' ')}",
                 where=self.path,
                 got=value,
                 allowed=known,
-                remedy="give the original one, another -o, or --overwrite to start again",
+                remedy="give the original one or another -o; --overwrite starts again, --force continues all the same",
             )
         self.record(**{name: value})
 
 
-def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False) -> tuple[RunFolder, State]:
+def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False, force: bool = False) -> tuple[RunFolder, State]:
     """Decide what a `train` command means for this folder; makes it when it is new.
 
+    Args:
+        path: The run folder.
+        recipe: As validated.
+        overwrite: Whether an earlier run in it is deleted.
+        force: Whether a run of other settings is continued with these.
+
     Raises:
-        OutputError: If the folder holds something else, or a run of other settings.
+        OutputError: If the folder holds something else, a run of other settings, or one that another process works on.
     """
     run = RunFolder(path)
     if path.is_file():
         raise OutputError("the run folder is a file", where=path, remedy="choose another -o")
+    if path.is_dir():
+        require_not_held(path)
     if overwrite and run.facts_file.is_file():
         _refuse_own_teacher(run, recipe)
         shutil.rmtree(path)
-    held = [p for p in path.iterdir() if p != run.recipe_file] if path.is_dir() else []
+    ours = (run.recipe_file.name, LOCK_FILE)
+    held = [p for p in path.iterdir() if p.name not in ours] if path.is_dir() else []
     if not held:  # a recipe alone is what a crash at the very start leaves
         _start(run, recipe)
         return run, "new"
@@ -124,7 +148,7 @@ def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False) -> tuple[Ru
     if not (path / "checkpoints").exists() and not run.student.exists():
         _start(run, recipe)  # stopped before the first checkpoint: nothing to continue, nothing to lose
         return run, "new"
-    _require_same_recipe(run, recipe)
+    _require_same_recipe(run, recipe, force=force)
     has_weights = any(run.student.glob("unet/*.safetensors"))
     return run, "done" if run.facts().get("status") == "done" and has_weights else "continue"
 
@@ -146,15 +170,15 @@ def _start(run: RunFolder, recipe: Recipe) -> None:
     run.record(status="running", bkd=__version__, python=platform.python_version(), versions=versions)
 
 
-def _require_same_recipe(run: RunFolder, recipe: Recipe) -> None:
+def _require_same_recipe(run: RunFolder, recipe: Recipe, *, force: bool) -> None:
     before, now = result_keys(run.recipe()), result_keys(recipe)
     changed = _differences(before, now)
-    if changed:
+    if changed and not force:
         raise OutputError(
             "this folder holds a run with other settings",
             where=run.path,
             got="; ".join(changed),
-            remedy="choose another -o, or add --overwrite to start again",
+            remedy="choose another -o; --overwrite starts again, --force continues with the new settings",
         )
     write_atomically(run.recipe_file, dump_recipe(recipe))
 

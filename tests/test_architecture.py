@@ -16,9 +16,9 @@ LAYERS = [
     {"diffusion", "losses", "hooks", "rng", "surgery", "cost"},
     {"model_folder", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
     {"methods", "proof", "calibration", "caching"},
-    {"run_folder", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
-    {"train", "checkpoint", "tracking", "eval", "pregenerate"},
-    {"run"},
+    {"run_folder", "run_lock", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
+    {"training", "eval", "pregenerate"},
+    {"stage", "run"},
     {"report"},
     {"cli", "__main__"},
 ]

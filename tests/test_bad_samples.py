@@ -231,7 +231,7 @@ def test_a_sample_that_is_damaged_after_caching_is_replaced_by_the_next(tmp_path
     for _ in range(2):
         batch = data.gather(np.array([6, 7, 8]))
         assert torch.equal(batch.moments, whole.moments[[6, 8, 8]])
-        assert torch.equal(batch.token_ids, whole.token_ids[[6, 8, 8]])
+        assert torch.equal(batch.captions.token_ids, whole.captions.token_ids[[6, 8, 8]])
     assert data.replaced == {"shard changed since it was indexed": 2}
 
 

@@ -43,7 +43,7 @@ def data(raw, teacher, teacher_folder, tmp_path_factory):
 
 
 def equal(one, other):
-    return torch.equal(one.moments, other.moments) and torch.equal(one.token_ids, other.token_ids)
+    return torch.equal(one.moments, other.moments) and torch.equal(one.captions.token_ids, other.captions.token_ids)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -61,7 +61,7 @@ def test_ranks_together_see_what_one_would(data, world_size, passes):
         ]
         assert {len(part.moments) for part in parts} == {batch // (passes * world_size)}
         assert torch.equal(torch.cat([part.moments for part in parts]), whole.moments)
-        assert torch.equal(torch.cat([part.token_ids for part in parts]), whole.token_ids)
+        assert torch.equal(torch.cat([part.captions.token_ids for part in parts]), whole.captions.token_ids)
 
 
 WALK = """

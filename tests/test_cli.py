@@ -94,7 +94,7 @@ def test_a_killed_run_continues_to_the_same_weights(finished, shards, cache, tmp
     environment = {**os.environ, "BKD_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(command(folder, shards), env=environment, stdout=subprocess.DEVNULL)
     deadline = time.time() + 300
-    while not list(folder.glob("checkpoints/00/00000002/state.json")) and time.time() < deadline:
+    while not list(folder.glob("checkpoints/00/00000002/manifest.json")) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -113,11 +113,11 @@ def test_an_interrupted_run_says_how_to_continue(finished, shards, cache, tmp_pa
         command(folder, shards, "train.checkpoint_every=1"), env=environment, stdout=subprocess.PIPE, text=True
     )
     deadline = time.time() + 300
-    while not list(folder.glob("checkpoints/00/*/state.json")) and time.time() < deadline:
+    while not list(folder.glob("checkpoints/00/*/manifest.json")) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     printed = process.communicate()[0]
-    assert process.returncode == 130 and "run the same command to continue" in printed
+    assert process.returncode == 75 and "everything is saved; the same command continues" in printed
     assert train_in_subprocess(folder, shards, cache, "train.checkpoint_every=1").returncode == 0
     assert all(torch.equal(tensor, weights(finished)[name]) for name, tensor in weights(folder).items())
 

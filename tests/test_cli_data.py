@@ -313,7 +313,7 @@ def test_sdxl_latents_have_both_tokenizers_and_the_sizes(bkd, family_folders, sh
     arguments = ["--teacher", family_folders["sdxl"], "-o", tmp_path / "xl", "--resolution", "16"]
     assert bkd("data", "cache", shards[1], *arguments)[0] == 0
     batch = LatentSet(open_latents(tmp_path / "xl"), tmp_path).gather(np.arange(3))
-    assert batch.token_ids.shape == batch.token_ids_2.shape and batch.moments.shape[-2:] == (4, 4)
+    assert batch.captions.token_ids.shape == batch.captions.token_ids_2.shape and batch.moments.shape[-2:] == (4, 4)
     assert batch.sizes.tolist() == [[32, 32, 0, 0, 16, 16]] * 3
 
 

@@ -231,7 +231,7 @@ def test_cached_latents_are_what_the_autoencoder_says(teacher, teacher_folder, s
     with torch.no_grad():
         posterior = teacher.vae.encode(image).latent_dist
     assert torch.allclose(batch.moments[:1], torch.cat([posterior.mean, posterior.std], 1), atol=5e-3)
-    assert teacher.tokenizer.decode(batch.token_ids[1], skip_special_tokens=True) == scene("train", 3).caption
+    assert teacher.tokenizer.decode(batch.captions.token_ids[1], skip_special_tokens=True) == scene("train", 3).caption
 
 
 def test_a_second_pass_encodes_nothing(teacher, teacher_folder, shards, tmp_path, monkeypatch):

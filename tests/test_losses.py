@@ -7,19 +7,19 @@ from torch import nn
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import ModelError, ShapeMismatch
 from bkd.hooks import FeatureTap
-from bkd.losses import LossTerms, feature_kd_loss, output_kd_loss, task_loss
+from bkd.losses import LossTerms, feature_kd_losses, output_kd_loss, task_loss
 
 ALPHAS_CUMPROD = torch.linspace(0.999, 0.005, 1000)
 
 
 def test_equal_inputs_cost_nothing():
     x = torch.randn(2, 4, 8, 8)
-    assert task_loss(x, x) == output_kd_loss(x, x) == feature_kd_loss([x, x], [x, x]) == 0
+    assert task_loss(x, x) == output_kd_loss(x, x) == sum(feature_kd_losses([x, x], [x, x])) == 0
 
 
 def test_feature_loss_is_the_sum_over_pairs():
     a, b = torch.zeros(2, 3, 4, 4), torch.ones(2, 5, 2, 2)
-    assert feature_kd_loss([a + 2, b], [a, b - 3]).item() == pytest.approx(4 + 9)
+    assert [each.item() for each in feature_kd_losses([a + 2, b], [a, b - 3])] == pytest.approx([4, 9])
 
 
 def test_half_precision_is_reduced_in_float32():
@@ -29,16 +29,16 @@ def test_half_precision_is_reduced_in_float32():
 
 def test_gradients_never_reach_the_teacher():
     student, teacher = torch.randn(1, 2, 2, 2, requires_grad=True), torch.randn(1, 2, 2, 2, requires_grad=True)
-    (output_kd_loss(student, teacher) + feature_kd_loss([student], [teacher])).backward()
+    (output_kd_loss(student, teacher) + feature_kd_losses([student], [teacher])[0]).backward()
     assert student.grad is not None and teacher.grad is None
 
 
 def test_shape_mismatch_names_the_pair_and_both_shapes():
     a = torch.zeros(1, 2, 4, 4)
     with pytest.raises(ShapeMismatch, match=r"feature KD, pair 1: shapes differ\n.*\(1, 2, 2, 2\) and \(1, 2, 4, 4\)"):
-        feature_kd_loss([a, a[..., :2, :2]], [a, a])
+        feature_kd_losses([a, a[..., :2, :2]], [a, a])
     with pytest.raises(ShapeMismatch, match="unequal numbers of features"):
-        feature_kd_loss([a], [a, a])
+        feature_kd_losses([a], [a, a])
 
 
 def test_a_term_without_weight_is_logged_and_not_trained_on():
@@ -95,27 +95,33 @@ class First(nn.Module):
 
 
 def test_the_tap_reads_in_the_order_of_its_names_and_unpacks_tuples(model):
-    with FeatureTap(First(model), ["model.1", "model.0"]) as tap:
-        First(model)(torch.ones(1, 2))
-        second, first = tap.take()
-    assert torch.equal(second, first + 1)
+    net = First(model)
+    with FeatureTap(net, ["model.1", "model.0"]) as tap:
+        output, (second, first) = tap.run(lambda: net(torch.ones(1, 2)))
+    assert torch.equal(second, first + 1) and output.shape == (1, 1)
 
 
 def test_the_tap_leaves_nothing_behind(model):
     net = First(model)
-    with pytest.raises(RuntimeError, match="boom"), FeatureTap(net, ["model.0"]) as tap:
+
+    def broken():
         net(torch.ones(1, 2))
         raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"), FeatureTap(net, ["model.0"]) as tap:
+        tap.run(broken)
     assert not model[0]._forward_hooks and not tap._features
 
 
-def test_taking_twice_needs_running_twice(model):
+def test_the_tap_records_only_what_is_run_through_it(model):
     net = First(model)
     with FeatureTap(net, ["model.0"]) as tap:
-        net(torch.ones(1, 2))
-        tap.take()
+        net(torch.ones(1, 2))  # as gradient checkpointing does in the backward pass
+        assert not tap._features
+        tap.run(lambda: net(torch.ones(1, 2)))
+        assert not tap._features
         with pytest.raises(ModelError, match=r"modules did not run: model\.0"):
-            tap.take()
+            tap.run(lambda: None)
 
 
 def test_unknown_modules_name_the_nearest(teacher):

@@ -30,7 +30,7 @@ def test_captions_are_encoded_as_the_pipeline_does(pipe, cached, zeros):
     batch, captions = cached
     pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
     dropped = torch.tensor([False, True, False, True])
-    found = caption_encoder(pipe)(batch, dropped)
+    found = caption_encoder(pipe)(batch.captions, dropped, batch.sizes)
     kept = pipe.encode_prompt(captions, num_images_per_prompt=1, do_classifier_free_guidance=True, device="cpu")
     plain, empty, pooled, empty_pooled = kept
     expected = torch.where(dropped[:, None, None], empty, plain)

@@ -2,27 +2,23 @@
 
 import json
 import math
+import os
+import signal
 
-import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from bkd.checkpoint import Checkpoint, load_newest_checkpoint, save_checkpoint
 from bkd.diffusion import NoiseSchedule
-from bkd.errors import TrainingError
-from bkd.methods.base import Diffusion
-from bkd.methods.captions import caption_encoder
-from bkd.methods.kd import KnowledgeDistillation
-from bkd.models import load_noise_schedule
-from bkd.recipe.schema import LossWeights, Train
-from bkd.rng import StepRng
-from bkd.surgery.build import build_student
-from bkd.surgery.unet import plan_removal
-from bkd.tracking import MetricsLog, read_metrics
-from bkd.train import Fit, Interrupted, StopSignal, learning_rate
+from bkd.recipe.schema import Loss, Train
+from bkd.training.checkpoint import Checkpoints
+from bkd.training.fit import Events
+from bkd.training.journal import StepReport
+from bkd.training.optimizer import learning_rate
+from bkd.training.stop import Interrupted, StopSignal
+from bkd.training.tracking import MetricsLog, read_metrics
 from tests.test_data import cached
+from tests.training import fit, kd, loss_of, make_fit, one_batch
 
 
 @pytest.fixture(scope="module")
@@ -30,51 +26,25 @@ def data(teacher, teacher_folder, shards, tmp_path_factory):
     return cached(teacher, teacher_folder, shards[0].parent, tmp_path_factory.mktemp("latents"))
 
 
-def kd(teacher, teacher_folder, preset="sd-tiny", weights=None, sites="block"):
-    plan = plan_removal(teacher.unet.config, preset)
-    diffusion = Diffusion(
-        schedule=load_noise_schedule(teacher_folder),
-        scaling_factor=teacher.vae.config.scaling_factor,
-        captions=caption_encoder(teacher),
-        prompt_dropout=0.25,
-    )
-    return KnowledgeDistillation(
-        teacher=teacher.unet,
-        student=build_student(teacher.unet, plan),
-        diffusion=diffusion,
-        pairs=plan.feature_pairs[sites],
-        weights=weights or LossWeights(),
-    )
-
-
-def fit(method, data, folder, on_step=lambda report: None, **settings):
-    train = Train(**{"batch": 8, "lr": 1e-3, "max_steps": 4, "checkpoint_every": 2, "ema": 0.9, **settings})
-    Fit(method, data, train, seed=3, checkpoints=folder, on_step=on_step).run()
-    return {name: p.detach().clone() for name, p in method.trainable.named_parameters()}
-
-
-def one_batch(data, step=0):
-    return data.gather(np.arange(8)), StepRng(0, step, range(8))
-
-
 def test_an_identical_student_has_nothing_to_learn_from_its_teacher(teacher, teacher_folder, data):
     method = kd(teacher, teacher_folder, preset="none")
-    parts = method.loss(*one_batch(data)).parts
+    parts = loss_of(method, data).parts
     assert parts["output_kd_loss"] == parts["feature_kd_loss"] == 0 and parts["task_loss"] > 0
 
 
-@pytest.mark.parametrize("sites", ["block", "bk"])
+@pytest.mark.parametrize("sites", ["block", "bk", "layer", "self-attn"])
 @pytest.mark.parametrize("preset", ["sd-small", "bk-small", "sd-tiny"])
 def test_features_of_every_preset_fit_their_teachers(teacher, teacher_folder, data, preset, sites):
-    terms = kd(teacher, teacher_folder, preset, sites=sites).loss(*one_batch(data))
+    terms = loss_of(kd(teacher, teacher_folder, preset, sites=sites), data)
     assert all(math.isfinite(value) and value > 0 for value in terms.parts.values())
 
 
 def test_the_total_is_the_weighted_sum_of_what_is_logged(teacher, teacher_folder, data):
-    weights = LossWeights(task=1.0, output_kd=0.5, feature_kd=0.25)
-    terms = kd(teacher, teacher_folder, weights=weights).loss(*one_batch(data))
+    loss = Loss(task=1.0, output_kd=0.5, feature_kd=0.25)
+    terms = loss_of(kd(teacher, teacher_folder, loss=loss), data)
     expected = terms.parts["task_loss"] + 0.5 * terms.parts["output_kd_loss"] + 0.25 * terms.parts["feature_kd_loss"]
     assert torch.allclose(terms.total, expected)
+    assert torch.allclose(torch.stack(list(terms.sites.values())).sum(), terms.parts["feature_kd_loss"])
 
 
 def test_training_learns_and_leaves_the_teacher_alone(teacher, teacher_folder, data, tmp_path):
@@ -99,15 +69,6 @@ def test_resuming_gives_the_same_weights_bit_for_bit(teacher, teacher_folder, da
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.fixture
-def another_precision():
-    """accelerate allows one precision a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("another_precision")
 def test_a_student_trained_in_bfloat16_computes_plainly_afterwards(teacher, teacher_folder, data, tmp_path):
     method = kd(teacher, teacher_folder)
     fit(method, data, tmp_path, mixed_precision="bf16", max_steps=1)
@@ -119,44 +80,31 @@ def test_a_student_trained_in_bfloat16_computes_plainly_afterwards(teacher, teac
         assert torch.equal(plain.eval()(*x).sample, student(*x).sample)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(teacher, teacher_folder, data, tmp_path):
-    method = kd(teacher, teacher_folder)
-    before = method.trainable.conv_in.weight.detach().clone()
-    real = method.loss
-    method.loss = lambda batch, rng: (lambda t: type(t)(t.total * math.nan, t.parts))(real(batch, rng))
-    with pytest.raises(TrainingError, match=r"step 1: training diverged(.|\n)*lower train\.lr"):
-        fit(method, data, tmp_path)
-    assert torch.equal(method.trainable.conv_in.weight, before)
-
-
 def test_validation_pictures_show_the_average(teacher, teacher_folder, data, tmp_path):
     method = kd(teacher, teacher_folder)
-    runs = []
+    seen = []
 
-    def look(report):
+    def look(step):
         weight = method.trainable.conv_in.weight
         raw = weight.detach().clone()
-        with runs[0].averaged():
-            assert report.step == 1 or not torch.equal(weight, raw)
+        with running.averaged():
+            seen.append(not torch.equal(weight, raw))
         assert torch.equal(weight, raw)
 
-    runs.append(
-        Fit(method, data, Train(batch=8, lr=1e-3, max_steps=3, ema=0.9), seed=0, checkpoints=tmp_path, on_step=look)
-    )
-    runs[0].run()
+    events = Events(samples=look)
+    running = make_fit(method, data, tmp_path, events=events, max_steps=3, samples_every=1)
+    running.run()
+    assert seen == [True, True, True]
 
 
 def test_a_request_to_stop_is_granted_after_the_step_with_a_checkpoint(teacher, teacher_folder, data, tmp_path):
-    import os
-    import signal
-
     def ask(report):
         if report.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         fit(kd(teacher, teacher_folder), data, tmp_path, ask)
-    assert load_newest_checkpoint(tmp_path, torch.device("cpu")).step == 1
+    assert Checkpoints(tmp_path).newest() == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -181,13 +129,15 @@ def test_the_student_is_the_average_of_its_past(teacher, teacher_folder, data, t
 
 
 def test_prompt_dropout_replaces_captions_by_the_empty_prompt(teacher, teacher_folder, data):
-    diffusion = kd(teacher, teacher_folder)._diffusion
-    batch, _ = one_batch(data)
-    drawn = [diffusion.draw(batch, StepRng(0, step, range(8))) for step in range(8)]
+    method = kd(teacher, teacher_folder)
+    encode = method._diffusion.captions
+    drawn = [one_batch(method, data, step) for step in range(8)]
+    embeds = torch.cat([encode(d.captions, d.dropped, None).prompt_embeds for d in drawn])
     with torch.no_grad():
         ids = teacher.tokenizer([""], padding="max_length", return_tensors="pt").input_ids
         empty = teacher.text_encoder(ids)[0]
-    dropped = sum(torch.allclose(e, empty[0]) for d in drawn for e in d.conditioning.prompt_embeds)
+    dropped = sum(torch.allclose(each, empty[0]) for each in embeds)
+    assert dropped == sum(int(d.dropped.sum()) for d in drawn)
     assert 8 <= dropped <= 26  # a quarter of 64
 
 
@@ -200,32 +150,25 @@ def test_learning_rate_schedules(schedule, expected):
     assert [learning_rate(train, step) for step in (10, 60, 100)] == pytest.approx(expected, abs=1e-3)
 
 
-def test_checkpoints_are_whole_and_few(tmp_path):
-    for step in (1, 2, 3):
-        state = Checkpoint(step, {"w": torch.full((2,), float(step))}, {}, {"state": {}, "param_groups": []}, {})
-        save_checkpoint(tmp_path, state, keep=2)
-    (tmp_path / "00000009").mkdir()  # what a crash while writing could have left
-    (tmp_path / "00000009.tmp").mkdir()
-    assert load_newest_checkpoint(tmp_path, torch.device("cpu")).step == 3
-    assert sorted(p.name for p in tmp_path.iterdir() if (p / "state.json").exists()) == ["00000002", "00000003"]
-
-
 def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     for step in range(1, 6):
-        log.write({"stage": 0, "step": step})
+        log.write(0, StepReport(step, 5, {"task_loss": 1.0}, {"mid": math.nan}, 1.0, 1e-3, 2.0, 0.1))
     with path.open("a") as stream:
         stream.write('{"stage": 0, "st')  # cut short by a crash
     log.rewind(0, 3)
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
     assert all(json.loads(line) for line in path.read_text().splitlines())
+    assert read_metrics(path)[0]["feature_kd_loss/mid"] is None
 
 
-def test_a_second_request_stops_at_once():
+def test_a_second_ctrl_c_stops_at_once():
     with StopSignal() as stop, pytest.raises(KeyboardInterrupt):
-        stop._request(2, None)
-        stop._request(2, None)
+        stop._request(signal.SIGUSR1, None)
+        stop._request(signal.SIGTERM, None)
+        assert stop.requested
+        stop._request(signal.SIGINT, None)
 
 
 def test_zero_snr_has_a_target():

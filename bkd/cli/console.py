@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from bkd.train import StepReport
+    from bkd.training.journal import StepReport
 
 WORTH_SHOWING = 3
 """Seconds after which a log says how far something is."""
@@ -94,6 +94,8 @@ class ProgressView:
         self._progress.update(self._task, completed=done, total=total, description=text)
 
     def step(self, report: StepReport) -> None:
+        if report.trouble:
+            console.print(f"step {report.step} changed nothing: {report.trouble}")
         terms = "  ".join(f"{name.removesuffix('_loss')} {value:.3g}" for name, value in report.parts.items())
         self.update(report.step, report.max_steps, terms)
 
@@ -164,4 +166,10 @@ class SilentView(ProgressView):
         """Nothing."""
 
     def update(self, done: int, total: int, text: str = "") -> None:
+        """Nothing."""
+
+    def step(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def resumed(self, step: int) -> None:
         """Nothing."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from bkd.cli.console import console, prepare, progress_view
+from bkd.environment import process_place
 
 if TYPE_CHECKING:
     from bkd.recipe.schema import Recipe
+
+STOPPED = 75
+"""Exit code after a granted request to stop; EX_TEMPFAIL of sysexits.h: try the same again later."""
 
 
 def train(
@@ -21,6 +26,10 @@ def train(
     teacher: Annotated[Optional[str], typer.Option(help="Model to distil from, instead of the recipe's.")] = None,
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Run folder; default runs/RECIPE.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Start again where a run already is.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(help="Continue though settings, teacher, data or plan are not those of the run's checkpoints."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Show the resolved recipe and its size; train nothing.")] = False,
 ) -> None:
     """Distil a student as a recipe says; the same command again continues, or finds that it is done."""
@@ -33,7 +42,7 @@ def train(
     elif _already_done(folder, parsed, overwrite):
         console.print(f"already done: {folder / 'student'}")
     else:
-        _train(folder, parsed, overwrite)
+        _train(folder, parsed, overwrite, force)
 
 
 def _show(recipe: Recipe) -> None:
@@ -63,23 +72,33 @@ def _already_done(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
     return finished and not overwrite and open_run(folder, recipe)[1] == "done"
 
 
-def _train(folder: Path, recipe: Recipe, overwrite: bool) -> None:
-    console.print("loading …")
-    prepare()
-    from bkd.data.remote import shown
-    from bkd.run import Listener, check_inputs, run_recipe
-    from bkd.run_folder import open_run
-    from bkd.train import Interrupted
+def _train(folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> None:
+    place = process_place()
+    with progress_view(quiet=place.rank > 0) as view:
+        view.phase("loading …")
+        prepare()
+        from bkd.data.remote import shown
+        from bkd.run import check_inputs, run_recipe
+        from bkd.run_folder import RunFolder, open_run
+        from bkd.run_lock import hold_run
+        from bkd.stage import Listener
+        from bkd.training.stop import Interrupted
 
-    with progress_view() as view:
         view.phase("checking teacher and shards")
         inputs = check_inputs(recipe, view.update)
-        run, _ = open_run(folder, recipe, overwrite=overwrite)
-        run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))
         listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
-        try:
-            run_recipe(recipe, run, inputs, listener)
-        except (Interrupted, KeyboardInterrupt):
-            console.print("stopped; run the same command to continue")
-            raise typer.Exit(130) from None
-    console.print(f"done: {run.student} is a stock diffusers pipeline folder")
+        run = RunFolder(folder, writes=False)
+        with ExitStack() as held:
+            if place.rank == 0:
+                run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)
+                held.enter_context(hold_run(folder))
+                run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))
+            try:
+                run_recipe(recipe, run, inputs, listener, force=force)
+            except Interrupted:
+                view.phase("stopped, everything is saved; the same command continues")
+                raise typer.Exit(STOPPED) from None
+            except KeyboardInterrupt:
+                view.phase("stopped; the same command continues from the last checkpoint")
+                raise typer.Exit(130) from None
+        view.phase(f"done: {run.student} is a stock diffusers pipeline folder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,9 +23,24 @@ from bkd.data.remote import RemoteError
 from bkd.data.sources import expect, require_room
 from bkd.errors import DataError
 
+PLAIN, MIRRORED = "moments", "mirrored"
+"""Members that hold latents of an image, and of its mirror image."""
 MAX_BAD_READS = 0.01
 FREE_BAD_READS = 16
 """So many may be bad before a share is computed."""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Tokenised captions.
+
+    Attributes:
+        token_ids: (B, L), int64.
+        token_ids_2: (B, L), int64, for SDXL's second text encoder.
+    """
+
+    token_ids: Tensor
+    token_ids_2: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,20 +49,15 @@ class CachedBatch:
 
     Attributes:
         moments: (B, 2C, h, w), float32: posterior mean, then deviation, before the scaling factor.
-        token_ids: (B, L), int64.
-        token_ids_2: (B, L), int64, for SDXL's second text encoder.
+        captions: Of the samples.
         sizes: (B, 6), float32, SDXL's size and crop conditioning, in pixels.
+        others: Captions of other samples of the same step; only for random conditioning.
     """
 
     moments: Tensor
-    token_ids: Tensor
-    token_ids_2: Tensor | None = None
+    captions: Captions
     sizes: Tensor | None = None
-
-    def to(self, device: torch.device) -> CachedBatch:
-        """The same samples on a device."""
-        second, sizes = (None if each is None else each.to(device) for each in (self.token_ids_2, self.sizes))
-        return CachedBatch(self.moments.to(device), self.token_ids.to(device), second, sizes)
+    others: Captions | None = None
 
 
 class LatentSet:
@@ -89,31 +99,41 @@ class LatentSet:
         """Say which shards will be read next, by number; remote ones are fetched ahead."""
         expect([self.shards[number] for number in shards])
 
-    def gather(self, indices: NDArray[np.int64], mirror: Sequence[bool] | None = None) -> CachedBatch:
+    def gather(
+        self,
+        indices: NDArray[np.int64],
+        mirror: Sequence[bool] | None = None,
+        others: NDArray[np.int64] | None = None,
+    ) -> CachedBatch:
         """Samples by their numbers. One that cannot be read is replaced by the next that can, and counted.
 
         Args:
             indices: (B,), int64.
             mirror: (B,): which samples' mirrored images are wanted; those without get the plain one.
+            others: (B,), int64: samples whose captions are wanted besides.
 
         Raises:
             DataError: If more than a hundredth of what was read had to be replaced; with the reasons.
         """
         wanted = mirror if mirror is not None else [False] * len(indices)
-        samples = [self._sample(int(index), bool(flip)) for index, flip in zip(indices, wanted, strict=True)]
-        columns = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        names = ("ids", "ids_2", "sizes") if len(self.description.settings.tokenizers) > 1 else ("ids",)
+        samples = [
+            self._sample(int(index), (MIRRORED if flip else PLAIN, *names))
+            for index, flip in zip(indices, wanted, strict=True)
+        ]
+        captions = [self._sample(int(index), names[:2]) for index in (others if others is not None else ())]
         return CachedBatch(
-            moments=torch.from_numpy(columns["moments"]).float(),
-            token_ids=torch.from_numpy(columns["ids"]).long(),
-            token_ids_2=torch.from_numpy(columns["ids_2"]).long() if "ids_2" in columns else None,
-            sizes=torch.from_numpy(columns["sizes"]).float() if "sizes" in columns else None,
+            moments=_stack(samples, "moments").float(),
+            captions=_captions(samples),
+            sizes=_stack(samples, "sizes").float() if "sizes" in names else None,
+            others=_captions(captions) if captions else None,
         )
 
-    def _sample(self, index: int, mirror: bool) -> dict[str, NDArray[Any]]:
+    def _sample(self, index: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         self._reads += 1
         for offset in range(len(self)):
             try:
-                return self._read((index + offset) % len(self), mirror)
+                return self._read((index + offset) % len(self), names)
             except RemoteError:  # all samples of the shard are as far away: replacing them would take hours
                 raise
             except DataError as error:
@@ -133,15 +153,15 @@ class LatentSet:
                 remedy="restore the shard, or remove its _stats.json and run the same `bkd data cache` again",
             )
 
-    def _read(self, index: int, mirror: bool) -> dict[str, NDArray[Any]]:
+    def _read(self, index: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[number])
         with self.shards[number].hold() as path:
             members = _index(path, self._cache).members
-            latents = "mirrored" if mirror and _holds(members.get("mirrored.npy"), row) else "moments"
-            found = {"moments": self._array(path, members, latents, row), "ids": self._array(path, members, "ids", row)}
-            for name in ("ids_2", "sizes") if len(self.description.settings.tokenizers) > 1 else ():
-                found[name] = self._array(path, members, name, row)
+            found = {name: self._array(path, members, name, row) for name in names if name != MIRRORED}
+            if MIRRORED in names:
+                there = _holds(members.get(f"{MIRRORED}.npy"), row)
+                found[PLAIN] = self._array(path, members, MIRRORED if there else PLAIN, row)
         return found
 
     @staticmethod
@@ -150,6 +170,15 @@ class LatentSet:
         if not _holds(places, row):
             raise DataError(f"a cached sample has no {name}", where=path, remedy="cache the shard again")
         return npy_array(read_member(path, places.at(row)))
+
+
+def _stack(samples: Sequence[Mapping[str, NDArray[Any]]], name: str) -> Tensor:
+    return torch.from_numpy(np.stack([sample[name] for sample in samples]))
+
+
+def _captions(samples: Sequence[Mapping[str, NDArray[Any]]]) -> Captions:
+    second = _stack(samples, "ids_2").long() if "ids_2" in samples[0] else None
+    return Captions(_stack(samples, "ids").long(), second)
 
 
 def _holds(places: Extents | None, row: int) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bkd.errors import RecipeError
+from bkd.rng import StepRng
 
 WINDOW = 16
 """Shards that are shuffled together; 160,000 samples at img2dataset's usual size."""
@@ -83,6 +84,18 @@ def share(batch: int, *, parts: int, part: int) -> NDArray[np.int64]:
         )
     size = batch // parts
     return np.arange(part * size, (part + 1) * size)
+
+
+def other_places(positions: NDArray[np.int64], batch: int, rng: StepRng) -> NDArray[np.int64]:
+    """For each place in the global batch, another one, drawn evenly; it may be another process's.
+
+    Args:
+        positions: (B,), places of one pass.
+        batch: Size of the global batch, at least 2.
+        rng: Of the pass.
+    """
+    steps: NDArray[np.int64] = rng.integers("other", batch - 1).numpy()
+    return (positions + 1 + steps) % batch
 
 
 @lru_cache(maxsize=4)

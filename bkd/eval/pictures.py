@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -27,18 +28,50 @@ def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> Stab
     return other
 
 
-def save_pairs(path: Path, teacher: StableDiffusionPipeline, student: UNet2DConditionModel, samples: Samples) -> None:
-    """Draw every validation prompt with teacher and student and write one picture."""
-    columns = {}
-    for name, pipe in (("teacher", teacher), ("student", with_unet(teacher, student))):
-        columns[name] = generate(
-            pipe,
-            samples.prompts,
-            num_inference_steps=samples.num_inference_steps,
-            guidance_scale=samples.guidance_scale,
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    side_by_side(columns, samples.prompts).save(path)
+class ValidationPictures:
+    """Teacher | student for each validation prompt, from the same noise; the teacher draws once.
+
+    Args:
+        pipe: The teacher's pipeline; its autoencoder is on the device only while images are decoded.
+        samples: What to draw, and how.
+        dtype: Of the teacher's UNet and text encoders.
+        device: To draw on.
+    """
+
+    def __init__(
+        self, pipe: StableDiffusionPipeline, samples: Samples, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._pipe, self._samples, self._dtype, self._device = pipe, samples, dtype, device
+        self._teacher: Tensor | None = None
+
+    def draw_teacher(self) -> None:
+        """Now, rather than at the first picture."""
+        if self._teacher is None and self._samples.prompts:
+            self._teacher = self._draw(self._pipe)
+
+    def save(self, path: Path, student: UNet2DConditionModel) -> None:
+        """Write one picture, where there are prompts."""
+        if not self._samples.prompts:
+            return
+        self.draw_teacher()
+        assert self._teacher is not None
+        drawn = {"teacher": self._teacher, "student": self._draw(with_unet(self._pipe, student))}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        side_by_side(drawn, self._samples.prompts).save(path)
+
+    def _draw(self, pipe: StableDiffusionPipeline) -> Tensor:
+        pipe.vae.to(self._device)
+        try:
+            # The student's weights are float32, and so is the autoencoder, which may overflow in float16.
+            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+                return generate(
+                    pipe,
+                    self._samples.prompts,
+                    num_inference_steps=self._samples.num_inference_steps,
+                    guidance_scale=self._samples.guidance_scale,
+                )
+        finally:
+            pipe.vae.to("cpu")
 
 
 def side_by_side(columns: dict[str, Tensor], prompts: Sequence[str]) -> Image.Image:

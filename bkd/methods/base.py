@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from bkd.data.latent_set import CachedBatch
+from bkd.data.latent_set import CachedBatch, Captions
 from bkd.diffusion import NoiseSchedule
 from bkd.losses import LossTerms
 from bkd.methods.captions import CaptionEncoder, Conditioning
 from bkd.rng import StepRng
 
+T = TypeVar("T")
+
 
 class Method(Protocol):
     """What a student learns, as one object; the loop never asks which it is.
 
+    A step has two halves. `draw` decides everything that is random, on the CPU, in a thread that runs ahead; `loss` is
+    a pure function of what was drawn and of the weights, so that nothing on the way to the device has to be waited for.
+
     Attributes:
         trainable: The module whose parameters with `requires_grad` are optimised.
-        forward: Called in place of `trainable` in forward passes; the loop puts its DDP or FSDP wrapper here.
+        teacher: The frozen module.
+        forward: Called in place of `trainable`; the loop puts its compiled, DDP or FSDP form here.
+        forward_teacher: Called in place of `teacher`.
+        needs_others: Whether `draw` wants captions of other samples of the step.
+        reaches_all: Whether the loss depends on every trainable parameter.
     """
 
     trainable: nn.Module
-    forward: Callable[..., object]
+    teacher: nn.Module
+    forward: Callable[..., Any]
+    forward_teacher: Callable[..., Any]
+    needs_others: bool
+    reaches_all: bool
 
-    def loss(self, batch: CachedBatch, rng: StepRng) -> LossTerms:
-        """The loss of one forward pass; all randomness comes from `rng`."""
+    def draw(self, batch: CachedBatch, rng: StepRng) -> Any:
+        """One pass's inputs, a dataclass of tensors on the CPU; all randomness comes from `rng`."""
+        ...
+
+    def loss(self, drawn: Any) -> LossTerms:
+        """The loss of what `draw` made, on the device of the networks."""
+        ...
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Entered for as long as losses are computed: hooks are in place."""
         ...
 
 
@@ -36,29 +60,50 @@ class NoisyBatch:
     """A point of the forward process for each sample, and the captions that go with it.
 
     Attributes:
-        latents: (B, C, h, w), scaled.
-        noise: Same shape.
+        noisy_latents: (B, C, h, w), float32.
+        target: Same shape: what a perfect network would predict.
         timesteps: (B,), int64.
-        noisy_latents: Same shape as `latents`.
-        conditioning: What the UNet is told besides.
+        captions: Those that the networks are told.
+        dropped: (B,), bool: captions to be replaced by the empty prompt.
+        sizes: (B, 6), float32, SDXL's size conditioning.
+        task_weights: (B,), float32, of each sample's error against the target; None where all are 1.
     """
 
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
     noisy_latents: Tensor
-    conditioning: Conditioning
+    target: Tensor
+    timesteps: Tensor
+    captions: Captions
+    dropped: Tensor
+    sizes: Tensor | None
+    task_weights: Tensor | None
 
-    def predict(self, unet: Callable[..., object]) -> Tensor:
-        """A UNet's output for this batch, of the shape of the latents."""
-        output: Tensor = unet(  # type: ignore[index]
-            self.noisy_latents,
+    def predict(self, unet: Callable[..., Any], conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
+        """A UNet's output for this batch, of the shape of the latents.
+
+        Args:
+            unet: A UNet2DConditionModel, or what is called in its place.
+            conditioning: What it is told besides.
+            dtype: Of its floating-point inputs.
+        """
+        added = {name: tensor.to(dtype) for name, tensor in conditioning.added.items()}
+        output: Tensor = unet(
+            self.noisy_latents.to(dtype),
             self.timesteps,
-            self.conditioning.prompt_embeds,
-            added_cond_kwargs=dict(self.conditioning.added) or None,
+            conditioning.prompt_embeds.to(dtype),
+            added_cond_kwargs=added or None,
             return_dict=False,
         )[0]
         return output
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """A dataclass with a function applied to every tensor in it, at any depth."""
+    if isinstance(value, Tensor):
+        return function(value)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +115,51 @@ class Diffusion:
         scaling_factor: Of the autoencoder.
         captions: From token ids to conditioning.
         prompt_dropout: Share of captions replaced by the empty prompt.
+        min_snr_gamma: Bound of the signal-to-noise ratio in the task term's weight; 0 for none.
+        random_conditioning: Whether captions are swapped, the noisier the more often.
     """
 
     schedule: NoiseSchedule
     scaling_factor: float
     captions: CaptionEncoder
     prompt_dropout: float
+    min_snr_gamma: float = 0.0
+    random_conditioning: bool = False
 
     def draw(self, batch: CachedBatch, rng: StepRng) -> NoisyBatch:
-        """Sample latents, captions, timesteps and noise for a batch."""
-        device = batch.moments.device
+        """Sample latents, captions, timesteps and noise for a batch, on the CPU."""
         mean, std = batch.moments.chunk(2, dim=1)
         shape = mean.shape[1:]
-        latents = (mean + std * rng.normal("posterior", shape).to(device)) * self.scaling_factor
-        noise = rng.normal("noise", shape).to(device)
-        timesteps = rng.integers("timestep", self.schedule.num_train_timesteps).to(device)
-        dropped = (rng.uniform("prompt_dropout") < self.prompt_dropout).to(device)
-        noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
-        return NoisyBatch(latents, noise, timesteps, noisy_latents, self.captions(batch, dropped))
+        latents = (mean + std * rng.normal("posterior", shape)) * self.scaling_factor
+        noise = rng.normal("noise", shape)
+        timesteps = rng.integers("timestep", self.schedule.num_train_timesteps)
+        dropped = rng.uniform("prompt_dropout") < self.prompt_dropout
+        captions, weights = batch.captions, None
+        if self.min_snr_gamma:
+            weights = self.schedule.min_snr_weight(timesteps, self.min_snr_gamma)
+        if self.random_conditioning:
+            assert batch.others is not None  # asked for by `needs_others`
+            swapped = (rng.uniform("random_conditioning") < self._swap_probability(timesteps)) & ~dropped
+            captions = _where(swapped, batch.others, captions)
+            # An image is not what a swapped caption asks for: such samples teach through the teacher alone.
+            weights = (~swapped).float() * (1.0 if weights is None else weights)
+        return NoisyBatch(
+            noisy_latents=self.schedule.add_noise(latents, noise, timesteps),
+            target=self.schedule.target(latents, noise, timesteps),
+            timesteps=timesteps,
+            captions=captions,
+            dropped=dropped,
+            sizes=batch.sizes,
+            task_weights=weights,
+        )
+
+    def _swap_probability(self, timesteps: Tensor) -> Tensor:
+        """p(t) = exp(-5 (1 - t/T)): random conditioning, Kim et al., CVPR 2025."""
+        return torch.exp(-5 * (1 - timesteps / self.schedule.num_train_timesteps))
+
+
+def _where(swapped: Tensor, theirs: Captions, ours: Captions) -> Captions:
+    first = torch.where(swapped[:, None], theirs.token_ids, ours.token_ids)
+    if ours.token_ids_2 is None or theirs.token_ids_2 is None:
+        return Captions(first)
+    return Captions(first, torch.where(swapped[:, None], theirs.token_ids_2, ours.token_ids_2))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bkd.data.latent_set import CachedBatch
+from bkd.data.latent_set import Captions
 from bkd.model_folder import is_sdxl
 
 
@@ -29,12 +29,13 @@ class Conditioning:
 class CaptionEncoder(Protocol):
     """A teacher's frozen text encoders."""
 
-    def __call__(self, batch: CachedBatch, dropped: Tensor) -> Conditioning:
-        """Encode captions.
+    def __call__(self, captions: Captions, dropped: Tensor, sizes: Tensor | None) -> Conditioning:
+        """Encode captions, on the device of the encoders and in their dtype.
 
         Args:
-            batch: On the device of the encoders.
+            captions: B of them.
             dropped: (B,), bool: captions to be replaced by the empty prompt.
+            sizes: (B, 6), SDXL's size conditioning.
         """
         ...
 
@@ -49,11 +50,11 @@ class StableDiffusionCaptions:
 
     def __init__(self, pipe: Any) -> None:
         self._encoder = pipe.text_encoder
-        self._empty = _empty_ids(pipe.tokenizer)
+        self._empty = _empty_ids(pipe.tokenizer, pipe.text_encoder)
 
     @torch.no_grad()
-    def __call__(self, batch: CachedBatch, dropped: Tensor) -> Conditioning:
-        token_ids = torch.where(dropped[:, None], self._empty.to(dropped.device), batch.token_ids)
+    def __call__(self, captions: Captions, dropped: Tensor, sizes: Tensor | None) -> Conditioning:
+        token_ids = torch.where(dropped[:, None], self._empty, captions.token_ids)
         return Conditioning(self._encoder(token_ids)[0], {})
 
 
@@ -65,25 +66,29 @@ class SdxlCaptions:
 
     def __init__(self, pipe: Any) -> None:
         self._encoders = (pipe.text_encoder, pipe.text_encoder_2)
-        self._empty = (_empty_ids(pipe.tokenizer), _empty_ids(pipe.tokenizer_2))
+        self._empty = (
+            _empty_ids(pipe.tokenizer, pipe.text_encoder),
+            _empty_ids(pipe.tokenizer_2, pipe.text_encoder_2),
+        )
         self._zeros = bool(pipe.config.force_zeros_for_empty_prompt)
 
     @torch.no_grad()
-    def __call__(self, batch: CachedBatch, dropped: Tensor) -> Conditioning:
-        assert batch.token_ids_2 is not None and batch.sizes is not None  # cached with two tokenizers
-        ids = [batch.token_ids, batch.token_ids_2]
+    def __call__(self, captions: Captions, dropped: Tensor, sizes: Tensor | None) -> Conditioning:
+        assert captions.token_ids_2 is not None and sizes is not None  # cached with two tokenizers
+        ids = [captions.token_ids, captions.token_ids_2]
         if not self._zeros:
             pairs = zip(self._empty, ids, strict=True)
-            ids = [torch.where(dropped[:, None], empty.to(dropped.device), each) for empty, each in pairs]
+            ids = [torch.where(dropped[:, None], empty, each) for empty, each in pairs]
         outputs = [encoder(each, output_hidden_states=True) for encoder, each in zip(self._encoders, ids, strict=True)]
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = outputs[1][0]
         if self._zeros:
             prompt_embeds = prompt_embeds.masked_fill(dropped[:, None, None], 0)
             pooled = pooled.masked_fill(dropped[:, None], 0)
-        return Conditioning(prompt_embeds, {"text_embeds": pooled, "time_ids": batch.sizes})
+        return Conditioning(prompt_embeds, {"text_embeds": pooled, "time_ids": sizes})
 
 
-def _empty_ids(tokenizer: Any) -> Tensor:
+def _empty_ids(tokenizer: Any, encoder: Any) -> Tensor:
+    """(1, L): the empty prompt, on its encoder's device."""
     ids: Tensor = tokenizer([""], padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return ids
+    return ids.to(encoder.device)

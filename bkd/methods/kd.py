@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from bkd.data.latent_set import CachedBatch
 from bkd.hooks import FeatureTap
-from bkd.losses import LossTerms, feature_kd_loss, output_kd_loss, task_loss
-from bkd.methods.base import Diffusion
-from bkd.recipe.schema import LossWeights
+from bkd.losses import LossTerms, feature_kd_losses, output_kd_loss, task_loss
+from bkd.methods.base import Diffusion, NoisyBatch
+from bkd.recipe.schema import Loss
 from bkd.rng import StepRng
 from bkd.surgery.plan import FeaturePair
 
@@ -20,11 +22,11 @@ class KnowledgeDistillation:
     """Teach a student UNet what its teacher computes, inside and out.
 
     Args:
-        teacher: Frozen, in eval mode; run without gradients, never wrapped.
+        teacher: Frozen, in eval mode; run without gradients, in its own dtype.
         student: The UNet to train.
         diffusion: Schedule, text encoder and the draw of noise and captions.
         pairs: Which activations should agree.
-        weights: Of the three terms. Every term is logged; without a feature weight no features are compared.
+        loss: Weights of the three terms. Every term is logged; without a feature weight no features are compared.
     """
 
     def __init__(
@@ -34,34 +36,52 @@ class KnowledgeDistillation:
         student: nn.Module,
         diffusion: Diffusion,
         pairs: Sequence[FeaturePair],
-        weights: LossWeights,
+        loss: Loss,
     ) -> None:
-        self.trainable = student
-        self.forward: Callable[..., object] = student
-        self._teacher = teacher
+        self.trainable, self.teacher = student, teacher
+        self.forward: Callable[..., Any] = student
+        self.forward_teacher: Callable[..., Any] = teacher
+        self.needs_others = diffusion.random_conditioning
+        self.reaches_all = bool(loss.task or loss.output_kd)
         self._diffusion = diffusion
-        self._pairs = tuple(pairs) if weights.feature_kd else ()
+        pairs = tuple(pairs) if loss.feature_kd else ()
+        self._sites = [pair.student for pair in pairs]
+        self._student_tap = FeatureTap(student, self._sites)
+        self._teacher_tap = FeatureTap(teacher, [pair.teacher for pair in pairs])
+        self._balanced = loss.balancing == "teacher-power"
         self._weights = {
-            "task_loss": weights.task,
-            "output_kd_loss": weights.output_kd,
-            "feature_kd_loss": weights.feature_kd,
+            "task_loss": loss.task,
+            "output_kd_loss": loss.output_kd,
+            "feature_kd_loss": loss.feature_kd,
         }
 
-    def loss(self, batch: CachedBatch, rng: StepRng) -> LossTerms:
-        drawn = self._diffusion.draw(batch, rng)
-        # no_grad, not inference_mode: what inference_mode returns cannot enter a loss.
-        with torch.no_grad(), FeatureTap(self._teacher, [pair.teacher for pair in self._pairs]) as tap:
-            teacher_pred = drawn.predict(self._teacher)
-            teacher_features = tap.take()
-        with FeatureTap(self.trainable, [pair.student for pair in self._pairs]) as tap:
-            model_pred = drawn.predict(self.forward)
-            student_features = tap.take()
-        target = self._diffusion.schedule.target(drawn.latents, drawn.noise, drawn.timesteps)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with self._student_tap, self._teacher_tap:
+            yield
+
+    def draw(self, batch: CachedBatch, rng: StepRng) -> NoisyBatch:
+        return self._diffusion.draw(batch, rng)
+
+    def loss(self, drawn: NoisyBatch) -> LossTerms:
+        # no_grad, not inference_mode: what inference_mode returns cannot enter a loss. Without autocast, which would
+        # compute norms and softmax in float32 though the teacher's weights are not.
+        device, dtype = drawn.noisy_latents.device.type, next(self.teacher.parameters()).dtype
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            conditioning = self._diffusion.captions(drawn.captions, drawn.dropped, drawn.sizes)
+            teacher_pred, teacher_features = self._teacher_tap.run(
+                lambda: drawn.predict(self.forward_teacher, conditioning, dtype)
+            )
+        model_pred, student_features = self._student_tap.run(
+            lambda: drawn.predict(self.forward, conditioning, torch.float32)
+        )
+        losses = feature_kd_losses(student_features, teacher_features, balanced=self._balanced)
         return LossTerms.weighted(
             {
-                "task_loss": task_loss(model_pred, target),
+                "task_loss": task_loss(model_pred, drawn.target, drawn.task_weights),
                 "output_kd_loss": output_kd_loss(model_pred, teacher_pred),
-                "feature_kd_loss": feature_kd_loss(student_features, teacher_features),
+                "feature_kd_loss": torch.stack(losses).sum() if losses else model_pred.new_zeros(()),
             },
             self._weights,
+            sites=dict(zip(self._sites, losses, strict=True)),
         )

@@ -58,7 +58,8 @@ def recipes_folder() -> Path:
 def packaged_recipes() -> list[str]:
     """Names of the recipes that come with bkd."""
     root = recipes_folder()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    found = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    return sorted(name for name in found if not name.startswith("accelerate/"))  # those are for `accelerate launch`
 
 
 def find_recipe(name: str) -> Path:
@@ -271,6 +272,15 @@ def _data_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _sharding_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    if recipe.train.mixed_precision == "fp16":
+        problems.append("train.mixed_precision: fp16 scales losses, which shards cannot do; use bf16")
+    if recipe.train.optimizer == "adamw-8bit":
+        problems.append("train.optimizer: adamw-8bit does not know shards; use adamw")
+    return problems
+
+
 def _conflicts(recipe: Recipe) -> list[str]:
     """Values that are fine by themselves and not together."""
     problems = _data_problems(recipe)
@@ -280,6 +290,10 @@ def _conflicts(recipe: Recipe) -> list[str]:
         loss = stage.method.loss
         if not (loss.task or loss.output_kd or loss.feature_kd):
             problems.append(f"stages.{index}.method.loss: at least one weight should not be 0")
+        if stage.method.random_conditioning and recipe.train.batch < 2:
+            problems.append(f"stages.{index}.method.random_conditioning: a batch of 1 has no other captions")
+    if recipe.train.parallel == "fsdp2":
+        problems += _sharding_problems(recipe)
     if recipe.train.grad_accum > 0 and recipe.train.batch % recipe.train.grad_accum:
         problems.append(
             f"train.batch: {recipe.train.batch} images cannot be split into {recipe.train.grad_accum} passes"

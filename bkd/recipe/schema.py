@@ -61,30 +61,39 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How to optimise; AdamW throughout.
+    """How to optimise.
 
     Attributes:
         batch: Images per optimizer step, over all processes and passes.
         grad_accum: Passes the batch is split into, to fit memory; does not change the result.
+        optimizer: AdamW, AdamW with 8-bit moments (bitsandbytes), or plain stochastic gradient descent.
         lr: Peak learning rate.
         lr_schedule: After the warm-up: constant, or down to zero at `max_steps` along a cosine or a line.
         warmup_steps: Optimizer steps of linear warm-up.
         max_steps: Optimizer steps of the stage.
-        weight_decay: Of AdamW.
+        weight_decay: Decoupled with AdamW, an L2 penalty with SGD.
         betas: Of AdamW.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         ema: Decay of the averaged weights that become the student; 0 to use the last weights.
         prompt_dropout: Share of captions replaced by the empty prompt, so that guidance keeps working.
-        mixed_precision: Of the forward passes; weights stay float32.
+        mixed_precision: Of the forward passes; trained weights stay float32, the teacher takes this dtype.
+        compile: Whether teacher and student are compiled; minutes at the start, faster steps on a GPU.
+        channels_last: Memory format of the convolutions; where it pays (half precision on a GPU) when not given.
+        gradient_checkpointing: Whether activations are computed twice instead of kept.
+        parallel: How several processes share the work: as copies, or with both networks in shards; `auto` follows the
+            configuration of `accelerate launch`.
+        max_skipped_steps: So many steps in a row without a finite gradient end the run.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: How many to keep.
         log_every: Steps between lines in metrics.jsonl.
         samples_every: Steps between validation pictures; 0 for one at the end.
+        trackers: Where metrics go besides metrics.jsonl; TensorBoard only when it is installed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
     batch: int = 32
     grad_accum: int = 1
+    optimizer: Literal["adamw", "adamw-8bit", "sgd"] = "adamw"
     lr: float = 5e-5
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = 0
@@ -95,10 +104,16 @@ class Train:
     ema: float = 0.0
     prompt_dropout: float = 0.1
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    compile: bool = False
+    channels_last: bool | None = None
+    gradient_checkpointing: bool = False
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
+    max_skipped_steps: int = 20
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
     samples_every: int = 0
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +129,23 @@ class Student:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the three terms (arXiv:2305.15798)."""
+class Loss:
+    """The three terms (arXiv:2305.15798).
+
+    Attributes:
+        task: Weight of the error against the diffusion target.
+        output_kd: Weight of the error against the teacher's output.
+        feature_kd: Weight of the errors against the teacher's activations.
+        balancing: `teacher-power` divides each site's error by the teacher's power there (arXiv:2404.11098).
+        min_snr_gamma: Min-SNR weighting of the task term (arXiv:2303.09556); 0 for none, 5 in the paper.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
     task: float = 1.0
     output_kd: float = 1.0
     feature_kd: float = 1.0
+    balancing: Literal["none", "teacher-power"] = "none"
+    min_snr_gamma: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +154,18 @@ class Method:
 
     Attributes:
         name: `kd`: task, output and feature distillation from the teacher.
-        loss: Weights of the terms.
-        sites: Where features are compared: after every `block`, or at BK-SDM's sites (`bk`).
+        loss: The terms and their weights.
+        sites: Where features are compared: after every `block`, at BK-SDM's sites (`bk`), after every `layer` (SSD-1B)
+            or every `self-attn` (KOALA); see docs/losses.md.
+        random_conditioning: Whether captions are swapped among the images of a step, at noisy timesteps mostly, for
+            the distillation terms (CVPR 2025).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
     name: Literal["kd"] = "kd"
-    loss: LossWeights = field(default_factory=LossWeights)
+    loss: Loss = field(default_factory=Loss)
     sites: Sites = "block"
+    random_conditioning: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +233,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "stages.method.loss.task": (0, 1e6),
     "stages.method.loss.output_kd": (0, 1e6),
     "stages.method.loss.feature_kd": (0, 1e6),
+    "stages.method.loss.min_snr_gamma": (0, 1e6),
+    "train.max_skipped_steps": (1, 1e12),
     "samples.num_inference_steps": (1, 1000),
     "samples.guidance_scale": (1, 100),
 }
@@ -213,6 +244,12 @@ FREE_KEYS = (
     "data.cache_dir",
     "data.remote_cache_gib",
     "train.grad_accum",
+    "train.compile",
+    "train.channels_last",
+    "train.gradient_checkpointing",
+    "train.parallel",
+    "train.max_skipped_steps",
+    "train.trackers",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.log_every",

@@ -16,7 +16,7 @@ from bkd.files import write_atomically
 from bkd.report.curves import Curve, curve_svg
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
-from bkd.tracking import read_metrics
+from bkd.training.tracking import read_metrics
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from bkd.errors import SurgeryError
 
-Sites = Literal["block", "bk"]
-"""Which activations feature KD compares: after every block (Segmind), or BK-SDM's own choice."""
+Sites = Literal["block", "bk", "layer", "self-attn"]
+"""Which activations feature KD compares: after every block (Segmind), BK-SDM's choice of them, after every layer
+(SSD-1B), or every self-attention (KOALA)."""
 
 PLAN_FILE = "bkd_plan.json"
 

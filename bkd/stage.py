@@ -1,0 +1,216 @@
+"""One stage of a recipe: from a teacher and a plan to a trained student on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from bkd.data.latent_set import LatentSet
+from bkd.eval.pictures import ValidationPictures
+from bkd.methods.base import Diffusion
+from bkd.methods.captions import caption_encoder
+from bkd.methods.kd import KnowledgeDistillation
+from bkd.models import load_noise_schedule, place_teacher, training_dtype, use_channels_last
+from bkd.progress import Progress, silent
+from bkd.recipe.schema import Recipe, Stage
+from bkd.run_folder import RunFolder
+from bkd.student_folder import write_student
+from bkd.surgery.build import build_empty, build_student
+from bkd.surgery.plan import RemovalPlan
+from bkd.training.checkpoint import Checkpoints
+from bkd.training.fit import Events, Fit
+from bkd.training.journal import StepReport
+from bkd.training.parallel import Parallel
+from bkd.training.tracking import MetricsLog, Trackers
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Where a run reports to; only the command line prints.
+
+    Attributes:
+        phase: Called with one line when something new begins, or went wrong and was mended.
+        progress: Called with (done, total) during a phase.
+        step: Called after each optimizer step.
+        resumed: Called with the number of steps done before, when a stage continues.
+    """
+
+    phase: Callable[[str], None] = lambda text: None
+    progress: Progress = silent
+    step: Callable[[StepReport], None] = lambda report: None
+    resumed: Callable[[int], None] = lambda step: None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages of a run have in common.
+
+    Attributes:
+        recipe: As validated.
+        run: The run folder.
+        teacher: The teacher's pipeline folder.
+        data: Cached samples.
+        parallel: This process among the others.
+        listener: Told what happens, on the main process.
+        force: Whether checkpoints made with another plan, teacher or data are continued from.
+    """
+
+    recipe: Recipe
+    run: RunFolder
+    teacher: Path
+    data: LatentSet
+    parallel: Parallel
+    listener: Listener
+    force: bool = False
+
+
+class StageRun:
+    """Train one stage.
+
+    Args:
+        job: What it has in common with the others.
+        number: Of the stage, from 0.
+        plan: How its student comes from the teacher.
+        pipe: The teacher, frozen, in float32 on the CPU.
+    """
+
+    def __init__(self, job: Job, number: int, plan: RemovalPlan, pipe: StableDiffusionPipeline) -> None:
+        self._job, self._number, self._plan, self._pipe = job, number, plan, pipe
+        self._stage: Stage = job.recipe.stages[number]
+        self._device = job.parallel.device
+        self._dtype = training_dtype(job.recipe.train.mixed_precision)
+        self._pictures = ValidationPictures(pipe, job.recipe.samples, self._dtype, self._device)
+        self._metrics = MetricsLog(job.run.metrics)
+        self._config = dict(pipe.unet.config)
+
+    def train(self) -> None:
+        """To the last step, and leave a student folder."""
+        job = self._job
+        job.listener.phase(f"training {self._stage.student.blocks}")
+        method = self._method()
+        if job.parallel.is_main and job.parallel.kind == "fsdp2":
+            self._pictures.draw_teacher()  # in shards it could draw only with all processes together
+        started = time.monotonic()
+        with Trackers(job.recipe.train.trackers, job.run.path, job.parallel.is_main) as self._trackers:
+            fit = Fit(
+                method,
+                job.data,
+                job.recipe.train,
+                checkpoints=self._checkpoints(),
+                parallel=job.parallel,
+                seed=job.recipe.seed,
+                mirror=job.recipe.data.mirror,
+                events=Events(self._on_resume, self._on_step, lambda step: self._draw(fit, f"step-{step:08d}")),
+            )
+            try:
+                fit.run()
+            finally:
+                self._add_seconds(time.monotonic() - started)
+        self._finish(fit)
+
+    def _method(self) -> KnowledgeDistillation:
+        train, method = self._job.recipe.train, self._stage.method
+        student = build_student(self._pipe.unet, self._plan)
+        place_teacher(self._pipe, self._dtype, self._device)
+        student.to(self._device)
+        for unet in (self._pipe.unet, student):
+            use_channels_last(unet, train.channels_last, self._dtype, self._device)
+        diffusion = Diffusion(
+            schedule=load_noise_schedule(self._job.teacher),
+            scaling_factor=self._pipe.vae.config.scaling_factor,
+            captions=caption_encoder(self._pipe),
+            prompt_dropout=train.prompt_dropout,
+            min_snr_gamma=method.loss.min_snr_gamma,
+            random_conditioning=method.random_conditioning,
+        )
+        pairs = self._plan.feature_pairs[method.sites]
+        return KnowledgeDistillation(
+            teacher=self._pipe.unet, student=student, diffusion=diffusion, pairs=pairs, loss=method.loss
+        )
+
+    def _checkpoints(self) -> Checkpoints:
+        job = self._job
+        identity = {
+            "plan": hashlib.sha256(self._plan.to_json().encode()).hexdigest(),
+            "teacher": job.run.facts()["teacher_digest"] if job.parallel.is_main else "",
+            "data": job.data.fingerprint,
+        }
+        return Checkpoints(
+            job.run.checkpoints(self._number),
+            identity,
+            keep=job.recipe.train.keep_checkpoints,
+            force=job.force,
+            on_damaged=job.listener.phase,
+        )
+
+    def _on_resume(self, step: int) -> None:
+        self._trackers.start(step)
+        if not self._job.parallel.is_main:
+            return
+        self._metrics.rewind(self._number, step)
+        if step:
+            self._job.listener.resumed(step)
+
+    def _on_step(self, report: StepReport) -> None:
+        if not self._job.parallel.is_main:
+            return
+        self._job.listener.step(report)
+        every = self._job.recipe.train.log_every
+        if report.trouble or report.step % every == 0 or report.step in (1, report.max_steps):
+            self._metrics.write(self._number, report)
+            self._trackers.log(report)
+
+    @contextmanager
+    def _averaged(self, fit: Fit) -> Iterator[UNet2DConditionModel | None]:
+        """The student with its averaged weights, whole, on the main process; None on the others."""
+        if self._job.parallel.kind != "fsdp2":
+            with fit.averaged() as student:
+                yield student if self._job.parallel.is_main else None
+            return
+        weights = fit.average_in_full()
+        if weights is None:
+            yield None
+            return
+        student = build_empty(self._config, self._plan)
+        student.load_state_dict(weights, assign=True)
+        yield student.eval()
+
+    def _draw(self, fit: Fit, name: str) -> None:
+        """Teacher | student for each validation prompt, from the same noise."""
+        with self._averaged(fit) as student:
+            if student is not None:
+                self._pictures.save(self._job.run.samples / f"{self._number:02d}-{name}.png", student.to(self._device))
+
+    def _finish(self, fit: Fit) -> None:
+        job = self._job
+        with self._averaged(fit) as student:
+            if student is None:
+                return
+            job.listener.phase("writing and reloading the student")
+            facts = {"teacher": job.recipe.teacher.id, "teacher_digest": job.run.facts()["teacher_digest"]}
+            output = student_folder(job.run, job.recipe, self._number)
+            student.to("cpu", memory_format=torch.contiguous_format)
+            write_student(output, teacher=job.teacher, unet=student, plan=self._plan, facts=facts)
+            student.to(self._device)
+        job.listener.phase("drawing validation pictures")
+        self._draw(fit, "final")
+
+    def _add_seconds(self, seconds: float) -> None:
+        """Training time of the stage, over all the calls it took."""
+        if self._job.parallel.is_main:
+            name = f"stage_{self._number:02d}_seconds"
+            self._job.run.record(**{name: round(self._job.run.facts().get(name, 0.0) + seconds, 1)})
+
+
+def student_folder(run: RunFolder, recipe: Recipe, number: int) -> Path:
+    """Where a stage's student goes: the last one's is the run's."""
+    if number == len(recipe.stages) - 1:
+        return run.student
+    return run.path / "stages" / f"{number:02d}-{recipe.stages[number].method.name}" / "student"

@@ -1,0 +1,268 @@
+"""Fit: the one training loop. It optimises a method's loss and knows nothing of what the method does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bkd.data.ahead import map_ahead
+from bkd.data.latent_set import LatentSet
+from bkd.data.order import other_places, share
+from bkd.errors import DataError, TrainingError
+from bkd.losses import LossTerms
+from bkd.methods.base import Method, map_tensors
+from bkd.models import training_dtype
+from bkd.recipe.schema import Train
+from bkd.rng import StepRng
+from bkd.training.average import Average
+from bkd.training.checkpoint import Checkpoint, Checkpoints
+from bkd.training.journal import Journal, StepReport
+from bkd.training.optimizer import GuardedOptimizer, learning_rate
+from bkd.training.parallel import Parallel, own, split_like, whole
+from bkd.training.stop import Interrupted, StopSignal
+
+PASSES_AHEAD = 4
+"""Batches read and drawn while earlier ones are trained on."""
+READ_EVERY = 10
+"""Steps after which numbers are read from the device at the latest, and requests to stop are heard by all processes."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a loop tells, on every process; all optional.
+
+    Attributes:
+        resumed: Once, with the number of steps already done, before the first new one.
+        step: After each step, in order, some steps late.
+        samples: Every `samples_every` steps, with the number of steps done.
+    """
+
+    resumed: Callable[[int], None] = lambda step: None
+    step: Callable[[StepReport], None] = lambda report: None
+    samples: Callable[[int], None] = lambda step: None
+
+
+class Fit:
+    """One stage's optimisation, from its newest checkpoint to its last step.
+
+    Args:
+        method: What to learn; its networks are on the device of this process.
+        data: Cached samples.
+        train: Settings.
+        checkpoints: Of this stage.
+        parallel: This process among the others.
+        seed: Of data order and every random draw.
+        mirror: Whether every other draw of an image is mirrored.
+        events: Told what happens.
+
+    Raises:
+        DataError: If there are fewer samples than a step takes.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        data: LatentSet,
+        train: Train,
+        *,
+        checkpoints: Checkpoints,
+        parallel: Parallel,
+        seed: int,
+        mirror: bool = False,
+        events: Events | None = None,
+    ) -> None:
+        require_enough(len(data), train.batch, data.name)
+        self._method, self._data, self._train, self._seed = method, data, train, seed
+        self._order, self._mirror = data.order(seed), mirror
+        self._checkpoints, self._parallel, self._events = checkpoints, parallel, events or Events()
+        if train.gradient_checkpointing:
+            method.trainable.enable_gradient_checkpointing()  # type: ignore[operator]
+        parallel.shard(method.teacher)
+        self._wrapped = parallel.wrap(method.trainable, all_used=method.reaches_all)
+        method.forward = torch.compile(self._wrapped) if train.compile else self._wrapped
+        method.forward_teacher = torch.compile(method.teacher) if train.compile else method.teacher
+        self._parameters = {name: p for name, p in method.trainable.named_parameters() if p.requires_grad}
+        self._optimizer = GuardedOptimizer(train, self._parameters, parallel)
+        self._average = Average(self._parameters, train.ema)
+        self._journal = Journal(train.max_steps, parallel)
+        self._skipped_in_a_row = 0
+
+    def run(self) -> None:
+        """Train to the last step; afterwards the trainable module holds the averaged weights.
+
+        Raises:
+            Interrupted: After a request to stop; run the same again to continue.
+            TrainingError: If too many steps in a row were not finite, or memory ran out.
+        """
+        first = self._resume()
+        self._events.resumed(first)
+        self._method.trainable.train()
+        self._journal.start()
+        with StopSignal() as stop, self._method.watching(), closing(self._batches(first)) as batches:
+            for step in range(first, self._train.max_steps):
+                self._update(step, batches)
+                if self._reads_after(step + 1, stop):
+                    self._pause(step + 1, stop)
+        self._average.apply()
+        self._method.trainable.eval()
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The trainable module with the averaged weights in it, for as long as the context lasts."""
+        module = self._method.trainable
+        with self._average.applied(), torch.no_grad():
+            module.eval()
+            try:
+                yield module
+            finally:
+                module.train()
+
+    def average_in_full(self) -> dict[str, Tensor] | None:
+        """The averaged weights by name, on the CPU; None on all processes but the main one, which all must ask."""
+        weights = {name: self._in_full(tensor) for name, tensor in self._average.tensors.items()}
+        return weights if self._parallel.is_main else None
+
+    def _update(self, step: int, batches: Iterator[Any]) -> None:
+        """One optimizer step. Nothing in here waits for the device."""
+        lr = learning_rate(self._train, step)
+        passes: list[LossTerms] = []
+        with running_out_of_memory(self._train):
+            for number in range(self._train.grad_accum):
+                drawn = map_tensors(next(batches), self._to_device)
+                last = number == self._train.grad_accum - 1
+                with self._parallel.gathering(self._wrapped, last=last):
+                    with self._autocast():
+                        terms = self._method.loss(drawn)
+                    self._optimizer.backward(terms.total / self._train.grad_accum)
+                passes.append(terms)
+            gradient = self._optimizer.step(lr)
+        self._average.update(step + 1)
+        self._journal.add(step + 1, lr, passes, gradient)
+
+    def _reads_after(self, done: int, stop: StopSignal) -> bool:
+        train = self._train
+        cadences = [min(train.log_every, READ_EVERY), train.checkpoint_every, train.samples_every]
+        due = any(every and done % every == 0 for every in cadences)
+        alone = self._parallel.kind == "alone"  # others would wait for steps that this process no longer does
+        return due or done in (1, train.max_steps) or (stop.requested and alone)
+
+    def _pause(self, done: int, stop: StopSignal) -> None:
+        reports, stopping = self._journal.read(stop=stop.requested)
+        for report in reports:
+            self._events.step(report)
+            self._count_skipped(report)
+        train = self._train
+        if train.samples_every and done % train.samples_every == 0:
+            self._events.samples(done)
+        if done % train.checkpoint_every == 0 or done == train.max_steps or stopping:
+            self._save(done)
+        if stopping and done < train.max_steps:
+            raise Interrupted
+        self._journal.start()
+
+    def _count_skipped(self, report: StepReport) -> None:
+        """Skipped steps changed nothing; too many of them in a row will not end by themselves."""
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.trouble else 0
+        if self._skipped_in_a_row >= self._train.max_skipped_steps:
+            raise TrainingError(
+                f"training diverged: {report.trouble}",
+                where=f"step {report.step}",
+                got=f"{self._skipped_in_a_row} steps in a row",
+                remedy="lower train.lr, raise train.warmup_steps or train in bf16; with --force the run goes on with"
+                " other settings from its newest checkpoint, which is good",
+            )
+
+    def _batches(self, first: int) -> Generator[Any, None, None]:
+        places = ((step, n) for step in range(first, self._train.max_steps) for n in range(self._train.grad_accum))
+        return map_ahead(self._draw, places, workers=1, ahead=PASSES_AHEAD)
+
+    def _draw(self, place: tuple[int, int]) -> Any:
+        """This process's share of one pass of a step's global batch, with all that is random in it."""
+        step, number = place
+        train, world = self._train, self._parallel.place.world_size
+        indices = self._order.batch(step, train.batch)
+        self._data.expect(self._order.shards_from(step, train.batch))
+        part = number * world + self._parallel.place.rank
+        positions = share(train.batch, parts=train.grad_accum * world, part=part)
+        rng = StepRng(self._seed, step, positions.tolist())
+        mirror = (rng.uniform("mirror") < 0.5).tolist() if self._mirror else None
+        others = indices[other_places(positions, train.batch, rng)] if self._method.needs_others else None
+        drawn = self._method.draw(self._data.gather(indices[positions], mirror, others), rng)
+        return map_tensors(drawn, Tensor.pin_memory) if self._parallel.device.type == "cuda" else drawn
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._parallel.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = training_dtype(self._train.mixed_precision)
+        return torch.autocast(self._parallel.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _save(self, step: int) -> None:
+        checkpoint = Checkpoint(
+            step=step,
+            trainable={name: self._in_full(parameter) for name, parameter in self._parameters.items()},
+            ema=(self.average_in_full() or {}) if self._train.ema else {},
+            optimizer=self._optimizer.state(),
+            scaler=self._optimizer.scaler_state(),
+        )
+        if self._parallel.is_main:
+            self._checkpoints.save(checkpoint)
+
+    def _in_full(self, tensor: Tensor) -> Tensor:
+        """A whole tensor to be saved; only the main process keeps it."""
+        full = whole(tensor)
+        return full.cpu() if self._parallel.is_main else full.new_empty(0)
+
+    def _resume(self) -> int:
+        newest = self._checkpoints.newest() if self._parallel.is_main else None
+        step = self._parallel.agree(newest or 0)
+        if not step:
+            return 0
+        found = self._checkpoints.load(step)
+        with torch.no_grad():
+            for tensors, saved in ((self._parameters, found.trainable), (self._average.tensors, found.ema)):
+                for name in saved:
+                    own(tensors[name]).copy_(own(split_like(saved[name], tensors[name])))
+        self._optimizer.load(found.optimizer, found.scaler)
+        return step
+
+
+def require_enough(num_samples: int, batch: int, name: object) -> None:
+    """Refuse a data set that cannot fill a step: images would repeat within it.
+
+    Raises:
+        DataError: Naming both numbers.
+    """
+    if num_samples < batch:
+        raise DataError(
+            "there are fewer samples than one step takes",
+            where=name,
+            got=f"{num_samples:,} samples, train.batch={batch}",
+            remedy=f"give more shards, or train.batch={num_samples}",
+        )
+
+
+@contextmanager
+def running_out_of_memory(train: Train) -> Iterator[None]:
+    """Turns the allocator's error into advice.
+
+    Raises:
+        TrainingError: If memory ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            "the device has too little memory for a pass",
+            where="train.batch",
+            got=f"{train.batch} images in {train.grad_accum} passes: {str(error).splitlines()[0]}",
+            remedy=f"train.grad_accum={train.grad_accum * 2} (the result stays the same), then "
+            "train.gradient_checkpointing=true, train.mixed_precision=bf16, train.optimizer=adamw-8bit",
+        ) from error

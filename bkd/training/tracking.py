@@ -1,0 +1,117 @@
+"""metrics.jsonl, one line per logged step with every loss term unweighted; and trackers, through accelerate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bkd.environment import installed_version
+from bkd.errors import EnvironmentProblem
+from bkd.files import write_atomically
+from bkd.training.journal import StepReport
+
+
+def values_of(report: StepReport) -> dict[str, float | None]:
+    """A step's numbers by name; JSON knows no NaN, so what is not finite is None."""
+    sites = {f"feature_kd_loss/{name}": value for name, value in report.sites.items()}
+    values = {**report.parts, **sites, "total": report.total, "lr": report.lr, "grad_norm": report.grad_norm}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+class MetricsLog:
+    """Append-only record of a run.
+
+    Args:
+        path: The file; created when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def rewind(self, stage: int, step: int) -> None:
+        """Drop what was logged after `step` of `stage`: those steps are about to be repeated."""
+        kept = [line for line in read_metrics(self._path) if (line["stage"], line["step"]) <= (stage, step)]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, stage: int, report: StepReport) -> None:
+        """Append a step of a stage."""
+        line: dict[str, Any] = {
+            "stage": stage,
+            "step": report.step,
+            **values_of(report),
+            "seconds": round(report.seconds, 4),
+        }
+        if report.trouble:
+            line["skipped"] = report.trouble
+        with self._path.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All logged lines; a last line cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+class Trackers:
+    """TensorBoard and Weights & Biases, open for as long as the context lasts.
+
+    Args:
+        names: Those wanted; `tensorboard` is left out where it is not installed.
+        run: The run folder; TensorBoard writes into its `tensorboard/`.
+        is_main: Whether this process logs.
+
+    Raises:
+        EnvironmentProblem: If `wandb` is wanted and not installed.
+    """
+
+    def __init__(self, names: Collection[str], run: Path, is_main: bool) -> None:
+        self._run = run
+        self._names = [name for name in names if is_main and (name != "tensorboard" or installed_version(name))]
+        if "wandb" in self._names and not installed_version("wandb"):
+            raise EnvironmentProblem(
+                "wandb is not installed", where="train.trackers", remedy="pip install wandb, or train.trackers=[]"
+            )
+        self._open: list[Any] = []
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def start(self, step: int) -> None:
+        """Begin, or continue after `step`: what was logged beyond it is dropped where the tracker can do that."""
+        if not self._names:
+            return
+        from accelerate import PartialState
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        PartialState()  # trackers ask it which process they are in
+        made = {
+            "tensorboard": lambda: TensorBoardTracker("tensorboard", self._run, purge_step=step + 1),
+            "wandb": lambda: WandBTracker("bkd", name=self._run.name, dir=str(self._run), resume="allow"),
+        }
+        self._open = [made[name]() for name in self._names]
+        for tracker in self._open:
+            tracker.start()
+
+    def log(self, report: StepReport) -> None:
+        """A step's numbers."""
+        values = {name: value for name, value in values_of(report).items() if value is not None}
+        for tracker in self._open:
+            tracker.log(values, step=report.step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for tracker in self._open:
+            tracker.finish()
