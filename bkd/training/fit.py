@@ -82,8 +82,10 @@ class Fit:
         self._checkpoints, self._parallel, self._events = checkpoints, parallel, events or Events()
         if train.gradient_checkpointing:
             method.trainable.enable_gradient_checkpointing()  # type: ignore[operator]
+        if not method.reaches_all:
+            self._freeze_unreached()
         parallel.shard(method.teacher)
-        self._wrapped = parallel.wrap(method.trainable, all_used=method.reaches_all)
+        self._wrapped = parallel.wrap(method.trainable)
         method.forward = torch.compile(self._wrapped) if train.compile else self._wrapped
         method.forward_teacher = torch.compile(method.teacher) if train.compile else method.teacher
         self._parameters = {name: p for name, p in method.trainable.named_parameters() if p.requires_grad}
@@ -143,6 +145,15 @@ class Fit:
             gradient = self._optimizer.step(lr)
         self._average.update(step + 1)
         self._journal.add(step + 1, lr, passes, gradient)
+
+    def _freeze_unreached(self) -> None:
+        """Parameters that no loss term depends on do not train, and their optimizer does not decay them."""
+        with self._method.watching(), self._autocast():
+            terms = self._method.loss(map_tensors(self._draw((0, 0)), self._to_device))
+        terms.total.backward()  # type: ignore[no-untyped-call]
+        for parameter in self._method.trainable.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
 
     def _reads_after(self, done: int, stop: StopSignal) -> bool:
         train = self._train

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bkd.errors import EnvironmentProblem
 from bkd.recipe.schema import Train
-from bkd.training.parallel import Parallel, own, split_like, whole
+from bkd.training.parallel import Parallel, own, shards_like, split_like, whole
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -43,7 +44,8 @@ class GuardedOptimizer:
     """Backward pass, clipping and update; a step whose gradient is not finite changes nothing.
 
     Whether it is finite is known on the device only: fused optimizers read that flag there, so the host need not wait.
-    The 8-bit optimizer cannot, and waits.
+    The 8-bit optimizer cannot, and waits. Of sharded parameters the optimizer sees the part that lies here, as a
+    plain tensor: not every fused kernel knows shards.
 
     Args:
         train: Settings.
@@ -55,7 +57,8 @@ class GuardedOptimizer:
         self._parameters, self._parallel = dict(parameters), parallel
         self._max_norm = train.max_grad_norm or math.inf
         self._fused = train.optimizer != "adamw-8bit"
-        self._optimizer = _build(train, list(parameters.values()))
+        self._parts = {name: _part_here(p) for name, p in parameters.items()}
+        self._optimizer = _build(train, list(self._parts.values()))
         device = parallel.device.type
         self._scaler = torch.amp.GradScaler(device) if train.mixed_precision == "fp16" else None
 
@@ -70,9 +73,11 @@ class GuardedOptimizer:
         """Clip, update, and forget the gradients."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        named = {name: own(p.grad) for name, p in self._parameters.items() if p.grad is not None}
+        for name, part in self._parts.items():
+            part.grad = named.get(name)
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        named = {name: own(p.grad) for name, p in self._parameters.items() if p.grad is not None}
         gradients = list(named.values())
         squares = torch.stack(torch._foreach_norm(gradients)).square()
         squares = self._parallel.sum_of_shards(squares)
@@ -80,7 +85,8 @@ class GuardedOptimizer:
         if self._max_norm < math.inf:
             torch._foreach_mul_(gradients, torch.clamp(self._max_norm / (norm + 1e-6), max=1.0))
         self._update(norm)
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in (*self._parameters.values(), *self._parts.values()):
+            parameter.grad = None
         return Gradient(norm, tuple(named), squares.sqrt())
 
     def _update(self, norm: Tensor) -> None:
@@ -97,11 +103,10 @@ class GuardedOptimizer:
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Parameter name -> its state, tensors in full; of shards, all processes must ask together."""
-        state = self._optimizer.state
         return {
-            name: {key: whole(value) if isinstance(value, Tensor) else value for key, value in state[p].items()}
-            for name, p in self._parameters.items()
-            if p in state
+            name: {key: _gathered(value, part, self._parameters[name]) for key, value in state.items()}
+            for name, part in self._parts.items()
+            if (state := self._optimizer.state.get(part))
         }
 
     def scaler_state(self) -> dict[str, Any]:
@@ -120,10 +125,21 @@ class GuardedOptimizer:
             self._scaler.load_state_dict(dict(scaler))
 
 
+def _part_here(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter, or the shard of it that this process holds, in the same memory."""
+    return nn.Parameter(own(parameter)) if isinstance(parameter, DTensor) else parameter
+
+
+def _gathered(value: Any, part: Tensor, parameter: Tensor) -> Any:
+    """A state in full: one with the shape of the part belongs to it, anything else is small and the same everywhere."""
+    same_shape = isinstance(value, Tensor) and value.shape == part.shape
+    return whole(shards_like(value, parameter)) if same_shape else value
+
+
 def _placed(value: Any, parameter: Tensor) -> Any:
-    """A state as its parameter lies: of its shape, so split like it; anything else is small and stays whole."""
+    """The opposite of `_gathered`."""
     same_shape = isinstance(value, Tensor) and value.shape == parameter.shape
-    return split_like(value, parameter) if same_shape else value
+    return own(split_like(value, parameter)) if same_shape else value
 
 
 def _build(train: Train, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

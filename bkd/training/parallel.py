@@ -48,21 +48,17 @@ class Parallel:
         """Whether this process writes files and reports."""
         return self.place.rank == 0
 
-    def wrap(self, module: nn.Module, *, all_used: bool = True) -> Callable[..., Any]:
+    def wrap(self, module: nn.Module) -> Callable[..., Any]:
         """What to call in place of a module that trains, so that all processes apply the same gradient.
 
         Args:
-            module: On the device; with FSDP2 its parameters become shards, under the same names.
-            all_used: Whether every trainable parameter gets a gradient in every pass.
+            module: On the device, with a gradient for every trainable parameter in every pass. With FSDP2 its
+                parameters become shards, under the same names.
         """
         if self.kind == "ddp":
             ids = [self.device.index] if self.device.type == "cuda" else None
             return DistributedDataParallel(
-                module,
-                device_ids=ids,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=not all_used,
+                module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.shard(module)
         return module
@@ -136,6 +132,20 @@ def own(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds; in-place changes of it change the tensor."""
     local: Tensor = tensor.detach()
     return local.to_local() if isinstance(local, DTensor) else local
+
+
+def shards_like(part: Tensor, reference: Tensor) -> Tensor:
+    """What every process holds a part of, where `reference` is sharded; else the part itself."""
+    if not isinstance(reference, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        reference.device_mesh,
+        reference.placements,
+        run_check=False,
+        shape=reference.shape,
+        stride=reference.stride(),
+    )
 
 
 def split_like(full: Tensor, reference: Tensor) -> Tensor:
