@@ -63,6 +63,11 @@ def load_pipeline(
     return pipe
 
 
+def describe_device(device: torch.device) -> str:
+    """Its name, for records and tables."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
 def training_dtype(mixed_precision: str) -> torch.dtype:
     """What the forward passes compute in: `no`, `bf16` or `fp16`."""
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]

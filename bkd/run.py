@@ -21,7 +21,7 @@ from bkd.errors import ModelError, RecipeError
 from bkd.files import cache_folder
 from bkd.locate import locate
 from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config
-from bkd.models import best_device, load_pipeline
+from bkd.models import best_device, describe_device, load_pipeline
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder
@@ -53,27 +53,14 @@ class Inputs:
     caching: Caching
 
 
-def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
-    """Find everything that can be wrong with a recipe's inputs before anything is written into the run folder.
-
-    Args:
-        recipe: As validated.
-        progress: Called with (done, total) shards.
+def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
+    """The teacher's folder and the plan of each stage, with everything about them that can be wrong found.
 
     Raises:
-        BkdError: If the teacher, a plan, the shards or the resolution do not fit.
+        BkdError: If the teacher, a plan, its sites, the precision or the batch do not fit.
     """
     teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
     _check_trainable(recipe, teacher)
-    resolution = native_resolution(teacher)
-    if recipe.data.resolution not in (None, resolution):
-        raise RecipeError(
-            "the recipe's resolution is not the teacher's",
-            where="data.resolution",
-            got=f"{recipe.data.resolution} px; the teacher {recipe.teacher.id} draws {resolution} px",
-            allowed=str(resolution),
-            remedy=f"data.resolution={resolution}, or leave it out, or choose another teacher",
-        )
     if recipe.train.mixed_precision == "fp16" and best_device().type == "cpu":
         raise RecipeError(
             "float16 training needs a GPU",
@@ -88,6 +75,29 @@ def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
     for stage, plan in zip(recipe.stages, plans, strict=True):
         if stage.method.loss.feature_kd:
             check_pairs(config, plan, plan.feature_pairs[stage.method.sites])
+    return teacher, plans
+
+
+def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
+    """Find everything that can be wrong with a recipe's inputs before anything is written into the run folder.
+
+    Args:
+        recipe: As validated.
+        progress: Called with (done, total) shards.
+
+    Raises:
+        BkdError: If the teacher, a plan, the shards or the resolution do not fit.
+    """
+    teacher, plans = check_teacher(recipe)
+    resolution = native_resolution(teacher)
+    if recipe.data.resolution not in (None, resolution):
+        raise RecipeError(
+            "the recipe's resolution is not the teacher's",
+            where="data.resolution",
+            got=f"{recipe.data.resolution} px; the teacher {recipe.teacher.id} draws {resolution} px",
+            allowed=str(resolution),
+            remedy=f"data.resolution={resolution}, or leave it out, or choose another teacher",
+        )
     wish = DataWish(
         CaptionSource.parse(recipe.data.caption),
         parse_filters(recipe.data.filters),
@@ -182,7 +192,7 @@ def _is_finished(student: Path) -> bool:
 
 def _record_facts(recipe: Recipe, run: RunFolder, data: LatentSet, parallel: Parallel) -> None:
     run.record(
-        device=_describe(parallel.device),
+        device=describe_device(parallel.device),
         processes=parallel.place.world_size,
         parallel=parallel.kind,
         num_threads=torch.get_num_threads(),
@@ -192,7 +202,3 @@ def _record_facts(recipe: Recipe, run: RunFolder, data: LatentSet, parallel: Par
         bad_samples=dict(data.bad),
         latents=asdict(data.description.settings),
     )
-
-
-def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -19,7 +19,7 @@ from bkd.methods.captions import caption_encoder
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.models import load_noise_schedule, place_teacher, training_dtype, use_channels_last
 from bkd.progress import Progress, silent
-from bkd.recipe.schema import Recipe, Stage
+from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder
 from bkd.student_folder import write_student
 from bkd.surgery.build import build_empty, build_student
@@ -83,7 +83,6 @@ class StageRun:
 
     def __init__(self, job: Job, number: int, plan: RemovalPlan, pipe: StableDiffusionPipeline) -> None:
         self._job, self._number, self._plan, self._pipe = job, number, plan, pipe
-        self._stage: Stage = job.recipe.stages[number]
         self._device = job.parallel.device
         self._dtype = training_dtype(job.recipe.train.mixed_precision)
         self._pictures = ValidationPictures(pipe, job.recipe.samples, self._dtype, self._device)
@@ -93,8 +92,8 @@ class StageRun:
     def train(self) -> None:
         """To the last step, and leave a student folder."""
         job = self._job
-        job.listener.phase(f"training {self._stage.student.blocks}")
-        method = self._method()
+        job.listener.phase(f"training {job.recipe.stages[self._number].student.blocks}")
+        method = build_method(job.recipe, self._number, self._plan, self._pipe, job.teacher, self._device)
         if job.parallel.is_main and job.parallel.kind == "fsdp2":
             self._pictures.draw_teacher()  # in shards it could draw only with all processes together
         started = time.monotonic()
@@ -114,26 +113,6 @@ class StageRun:
             finally:
                 self._add_seconds(time.monotonic() - started)
         self._finish(fit)
-
-    def _method(self) -> KnowledgeDistillation:
-        train, method = self._job.recipe.train, self._stage.method
-        student = build_student(self._pipe.unet, self._plan)
-        place_teacher(self._pipe, self._dtype, self._device)
-        student.to(self._device)
-        for unet in (self._pipe.unet, student):
-            use_channels_last(unet, train.channels_last, self._dtype, self._device)
-        diffusion = Diffusion(
-            schedule=load_noise_schedule(self._job.teacher),
-            scaling_factor=self._pipe.vae.config.scaling_factor,
-            captions=caption_encoder(self._pipe),
-            prompt_dropout=train.prompt_dropout,
-            min_snr_gamma=method.loss.min_snr_gamma,
-            random_conditioning=method.random_conditioning,
-        )
-        pairs = self._plan.feature_pairs[method.sites]
-        return KnowledgeDistillation(
-            teacher=self._pipe.unet, student=student, diffusion=diffusion, pairs=pairs, loss=method.loss
-        )
 
     def _checkpoints(self) -> Checkpoints:
         job = self._job
@@ -207,6 +186,37 @@ class StageRun:
         if self._job.parallel.is_main:
             name = f"stage_{self._number:02d}_seconds"
             self._job.run.record(**{name: round(self._job.run.facts().get(name, 0.0) + seconds, 1)})
+
+
+def build_method(
+    recipe: Recipe, number: int, plan: RemovalPlan, pipe: StableDiffusionPipeline, teacher: Path, device: torch.device
+) -> KnowledgeDistillation:
+    """What a stage learns, with its networks on the device.
+
+    Args:
+        recipe: As validated.
+        number: Of the stage.
+        plan: How the student comes from the teacher.
+        pipe: The teacher, in float32 on the CPU; its UNet and text encoders take the dtype of the forward passes.
+        teacher: Its folder.
+        device: To train on.
+    """
+    train, method = recipe.train, recipe.stages[number].method
+    dtype = training_dtype(train.mixed_precision)
+    student = build_student(pipe.unet, plan).to(device)
+    place_teacher(pipe, dtype, device)
+    for unet in (pipe.unet, student):
+        use_channels_last(unet, train.channels_last, dtype, device)
+    diffusion = Diffusion(
+        schedule=load_noise_schedule(teacher),
+        scaling_factor=pipe.vae.config.scaling_factor,
+        captions=caption_encoder(pipe),
+        prompt_dropout=train.prompt_dropout,
+        min_snr_gamma=method.loss.min_snr_gamma,
+        random_conditioning=method.random_conditioning,
+    )
+    pairs = plan.feature_pairs[method.sites]
+    return KnowledgeDistillation(teacher=pipe.unet, student=student, diffusion=diffusion, pairs=pairs, loss=method.loss)
 
 
 def student_folder(run: RunFolder, recipe: Recipe, number: int) -> Path:

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from bkd.cli import evaluate, models, ship, train
+from bkd.cli.bench import bench
 from bkd.cli.console import print_error
 from bkd.cli.data import data
 from bkd.errors import BkdError
@@ -31,6 +32,7 @@ for verb in (
 ):
     app.command(verb.__name__.rstrip("_"))(verb)
 app.add_typer(data, name="data")
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -39,6 +40,7 @@ def prepare() -> None:
 
     require_working_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is installed
     import diffusers
     import transformers
 

@@ -30,7 +30,9 @@ def train(
         bool,
         typer.Option(help="Continue though settings, teacher, data or plan are not those of the run's checkpoints."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Show the resolved recipe and its size; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Show the resolved recipe, memory, steps and disk; train nothing.")
+    ] = False,
 ) -> None:
     """Distil a student as a recipe says; the same command again continues, or finds that it is done."""
     from bkd.recipe.load import load_recipe
@@ -38,30 +40,22 @@ def train(
     parsed = load_recipe(recipe, [*(overrides or ()), *([f"teacher.id={teacher}"] if teacher else ())])
     folder = output or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
     if dry_run:
-        _show(parsed)
+        _show(recipe, parsed)
     elif _already_done(folder, parsed, overwrite):
         console.print(f"already done: {folder / 'student'}")
     else:
-        _train(folder, parsed, overwrite, force)
+        _train(recipe, folder, parsed, overwrite, force)
 
 
-def _show(recipe: Recipe) -> None:
+def _show(name: str, recipe: Recipe) -> None:
     prepare()
-    from bkd.cost import unet_cost
-    from bkd.model_folder import unet_config
+    from bkd.cli.cost_view import show_plan
     from bkd.recipe.load import dump_recipe
     from bkd.run import check_inputs
 
     inputs = check_inputs(recipe)
     console.print(dump_recipe(recipe))
-    steps = recipe.train.max_steps
-    num_samples = inputs.caching.num_samples
-    console.print("data: remote shards" if num_samples is None else f"data: {num_samples:,} samples")
-    console.print(f"{steps:,} steps of {recipe.train.batch} images: {steps * recipe.train.batch:,} images")
-    config = unet_config(inputs.teacher)
-    for stage, plan in zip(recipe.stages, inputs.plans, strict=True):
-        before, after = unet_cost(config), unet_cost(config, plan)
-        console.print(f"{stage.student.blocks}: {after.parameters:,} of {before.parameters:,} UNet parameters")
+    show_plan(name, recipe, inputs)
 
 
 def _already_done(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
@@ -72,11 +66,12 @@ def _already_done(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
     return finished and not overwrite and open_run(folder, recipe)[1] == "done"
 
 
-def _train(folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> None:
+def _train(name: str, folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> None:
     place = process_place()
     with progress_view(quiet=place.rank > 0) as view:
         view.phase("loading …")
         prepare()
+        from bkd.cli.cost_view import show_advice
         from bkd.data.remote import shown
         from bkd.run import check_inputs, run_recipe
         from bkd.run_folder import RunFolder, open_run
@@ -86,6 +81,8 @@ def _train(folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> None:
 
         view.phase("checking teacher and shards")
         inputs = check_inputs(recipe, view.update)
+        if place.rank == 0:
+            show_advice(name, recipe, inputs.teacher, inputs.plans[0])
         listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
         run = RunFolder(folder, writes=False)
         with ExitStack() as held:

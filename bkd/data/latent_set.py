@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +58,25 @@ class CachedBatch:
     captions: Captions
     sizes: Tensor | None = None
     others: Captions | None = None
+
+
+class TrainingSamples(Protocol):
+    """What a training loop knows of its data; see `LatentSet`."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def order(self, seed: int) -> Order: ...
+
+    def expect(self, shards: Sequence[int]) -> None: ...
+
+    def gather(
+        self,
+        indices: NDArray[np.int64],
+        mirror: Sequence[bool] | None = None,
+        others: NDArray[np.int64] | None = None,
+    ) -> CachedBatch: ...
 
 
 class LatentSet:

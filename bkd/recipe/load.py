@@ -17,7 +17,7 @@ from bkd.data.captions import CaptionSource
 from bkd.data.filters import parse_filter
 from bkd.data.remote import shown
 from bkd.errors import DataError, RecipeError, suggest
-from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe
+from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe, Train
 from bkd.surgery.presets import PRESET_NAMES, is_unknown_name, split_list
 
 REQUIRED = "???"
@@ -130,6 +130,12 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str]
         count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
         raise RecipeError("\n".join([count, *(f"  {line}" for line in found)]), where=source)
     return recipe
+
+
+def written_train(name: str) -> Train:
+    """The `train` section as a recipe's file has it, before overrides; it must have been loaded once."""
+    raw = yaml.load(find_recipe(name).read_text(encoding="utf-8"), Loader=_Loader).get("train", {})
+    return TypeAdapter(Train).validate_json(json.dumps(raw), strict=True)
 
 
 def dump_recipe(recipe: Recipe) -> str:

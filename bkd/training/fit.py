@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bkd.data.ahead import map_ahead
-from bkd.data.latent_set import LatentSet
+from bkd.data.latent_set import TrainingSamples
 from bkd.data.order import other_places, share
 from bkd.errors import DataError, TrainingError
 from bkd.losses import LossTerms
@@ -67,7 +67,7 @@ class Fit:
     def __init__(
         self,
         method: Method,
-        data: LatentSet,
+        data: TrainingSamples,
         train: Train,
         *,
         checkpoints: Checkpoints,
@@ -86,8 +86,8 @@ class Fit:
             self._freeze_unreached()
         parallel.shard(method.teacher)
         self._wrapped = parallel.wrap(method.trainable)
-        method.forward = torch.compile(self._wrapped) if train.compile else self._wrapped
-        method.forward_teacher = torch.compile(method.teacher) if train.compile else method.teacher
+        method.forward = compiled(self._wrapped) if train.compile else self._wrapped
+        method.forward_teacher = compiled(method.teacher) if train.compile else method.teacher
         self._parameters = {name: p for name, p in method.trainable.named_parameters() if p.requires_grad}
         self._optimizer = GuardedOptimizer(train, self._parameters, parallel)
         self._average = Average(self._parameters, train.ema)
@@ -241,6 +241,15 @@ class Fit:
                     own(tensors[name]).copy_(own(split_like(saved[name], tensors[name])))
         self._optimizer.load(found.optimizer, found.scaler)
         return step
+
+
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile`, but modules with hooks never share code with modules of other hooks.
+
+    By default they do, and the hooks are then left out without a word.
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    return torch.compile(forward)
 
 
 def require_enough(num_samples: int, batch: int, name: object) -> None:

@@ -1,0 +1,80 @@
+"""What a training will take, as tables and sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bkd.cli.console import console, table
+
+if TYPE_CHECKING:
+    from bkd.recipe.schema import Recipe
+    from bkd.run import Inputs
+    from bkd.surgery.plan import RemovalPlan
+    from bkd.training.estimate import TrainingMemory
+
+
+def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
+    """Parameters, memory by part, steps and images, disk, and advice.
+
+    Args:
+        name: Of the recipe.
+        recipe: As validated.
+        inputs: As checked.
+    """
+    from bkd.cost import unet_cost
+    from bkd.model_folder import unet_config
+
+    config = unet_config(inputs.teacher)
+    teacher = unet_cost(config)
+    for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
+        parameters = unet_cost(config, plan).parameters
+        console.print(f"{stage.student.blocks}: {parameters:,} of {teacher.parameters:,} UNet parameters")
+        memory = _memory(recipe, number, inputs.teacher, plan)
+        rows = [[part, gib(size)] for part, size in memory.parts().items()]
+        console.print("memory of a step, at most; `bkd bench train` measures it with all that comes on top:")
+        console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))
+        _show_work(recipe, inputs.caching.num_samples)
+        kept = recipe.train.keep_checkpoints + 1  # one more while the next is written
+        console.print(
+            f"disk: {kept} checkpoints of {gib(memory.checkpoint)} GiB, student {gib(memory.student)} GiB + the "
+            "teacher's other parts"
+        )
+        show_advice(name, recipe, inputs.teacher, plan)
+
+
+def _show_work(recipe: Recipe, num_samples: int | None) -> None:
+    train = recipe.train
+    images = train.max_steps * train.batch
+    epochs = "remote shards, not counted" if num_samples is None else f"{num_samples:,} samples"
+    rounds = "" if not num_samples else f", {images / num_samples:,.2f} epochs"
+    console.print(f"data: {epochs}")
+    console.print(
+        f"{train.max_steps:,} steps of {train.batch} images: {train.max_steps * train.grad_accum:,} passes of "
+        f"{train.batch // train.grad_accum}, {images:,} images{rounds}"
+    )
+
+
+def show_advice(name: str, recipe: Recipe, teacher: Path, plan: RemovalPlan) -> None:
+    """What looks wrong, a line each."""
+    from bkd.models import best_device
+    from bkd.recipe.load import written_train
+    from bkd.training.estimate import advice
+
+    memory = _memory(recipe, 0, teacher, plan)
+    for line in advice(recipe.train, written_train(name), memory, best_device()):
+        console.print(f"note: {line}")
+
+
+def _memory(recipe: Recipe, number: int, teacher: Path, plan: RemovalPlan) -> TrainingMemory:
+    from bkd.environment import process_place
+    from bkd.model_folder import unet_config
+    from bkd.training.estimate import training_memory
+
+    world = process_place().world_size
+    return training_memory(unet_config(teacher), plan, recipe.train, recipe.stages[number].method, world)
+
+
+def gib(size: int) -> str:
+    """`3.42`, or `0.008` where it is little."""
+    return f"{size / 2**30:,.2f}" if size >= 2**27 else f"{size / 2**30:.3f}"
