@@ -165,7 +165,10 @@ class StageRun:
         """Teacher | student for each validation prompt, from the same noise."""
         with self._averaged(fit) as student:
             if student is not None:
-                self._pictures.save(self._job.run.samples / f"{self._number:02d}-{name}.png", student.to(self._device))
+                self._save_pictures(name, student)
+
+    def _save_pictures(self, name: str, student: UNet2DConditionModel) -> None:
+        self._pictures.save(self._job.run.samples / f"{self._number:02d}-{name}.png", student.to(self._device))
 
     def _finish(self, fit: Fit) -> None:
         job = self._job
@@ -177,9 +180,8 @@ class StageRun:
             output = student_folder(job.run, job.recipe, self._number)
             student.to("cpu", memory_format=torch.contiguous_format)
             write_student(output, teacher=job.teacher, unet=student, plan=self._plan, facts=facts)
-            student.to(self._device)
-        job.listener.phase("drawing validation pictures")
-        self._draw(fit, "final")
+            job.listener.phase("drawing validation pictures")
+            self._save_pictures("final", student)
 
     def _add_seconds(self, seconds: float) -> None:
         """Training time of the stage, over all the calls it took."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,10 +28,15 @@ def ensure_shapes_shards(cache: Path, *, split: Split = "train", num_samples: in
     """
     folder = cache / f"shapes-v{WORLD_VERSION}-seed{seed}-{split}-{num_samples}"
     if not folder.is_dir():
-        unfinished = folder.with_suffix(".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_shards(shapes_samples(split, num_samples, seed=seed), unfinished)
-        unfinished.rename(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as unfinished:
+            made = Path(unfinished) / "shards"
+            write_shards(shapes_samples(split, num_samples, seed=seed), made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster, and its shards are the same
+                    raise
     return folder
 
 
