@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/installed
 OVERRIDES := $(if $(DATA),'data.shards=$(DATA)') $(if $(TEACHER),'teacher.id=$(TEACHER)') $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-small train-tiny gates test test-integration check clean
+.PHONY: help install train-small train-tiny gates test test-slow test-integration check clean
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=sd15 DATA='shards/{00000..00099}.tar' TEACHER=id-or-folder]"
@@ -53,7 +53,10 @@ gates: $(INSTALLED)  ## measure the embedded world and its teacher on 1,000 prom
 	$(VENV)/bin/python tools/check_shapes_gates.py
 
 test: $(INSTALLED)  ## run the tests, offline
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -m 'not slow'
+
+test-slow: $(INSTALLED)  ## the tests that take minutes each
+	$(VENV)/bin/python -m pytest -m slow
 
 test-integration: $(INSTALLED)  ## download with img2dataset from this machine, filter, cache and train
 	$(VENV)/bin/python -m pytest -m integration tests/integration

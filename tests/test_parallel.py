@@ -104,3 +104,22 @@ def test_a_stopped_run_continues_exactly(request, kind):
     assert len(facts(out, "stopped")["totals"]) == 7 and totals == facts(out, "adamw")["totals"]
     found, wanted = (load_file(out / name / "weights.safetensors") for name in ("continued", "adamw"))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_sharded_run_leaves_what_any_run_leaves(shards, cache, tmp_path):
+    """The whole verb: latents encoded together, pictures on the way, one student that stock diffusers loads."""
+    settings = ["train.max_steps=3", "train.batch=8", "train.samples_every=2", "samples.num_inference_steps=2"]
+    run = tmp_path / "run"
+    arguments = ["bkd", "train", "shapes/sd-tiny", f"data.shards={shards[0].parent}", *settings, "-o", run]
+    done = launch("fsdp2", 2, tmp_path, *arguments)
+    assert done.stdout.count("training sd-tiny") == 1  # one process speaks
+    facts = json.loads((run / "run.json").read_text())
+    assert (facts["status"], facts["processes"], facts["parallel"]) == ("done", 2, "fsdp2")
+    assert {path.name for path in (run / "samples").iterdir()} == {"00-step-00000002.png", "00-final.png"}
+    assert not list(run.glob("*.lock"))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 3]
+    from diffusers import UNet2DConditionModel
+
+    student = UNet2DConditionModel.from_pretrained(run / "student", subfolder="unet")
+    assert student.num_parameters() == 2_245_380

@@ -106,8 +106,7 @@ def test_compiled_networks_compute_the_same(trained):
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("sites", ["block", "layer", "self-attn"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("sites", "checkpointing"), [("layer", False), ("self-attn", True)])
 def test_every_site_is_seen_in_compiled_and_recomputed_networks(
     teacher, teacher_folder, data, tmp_path, sites, checkpointing
 ):
@@ -123,9 +122,11 @@ def test_every_site_is_seen_in_compiled_and_recomputed_networks(
 
 @pytest.mark.slow
 def test_compiled_networks_with_generated_code(trained):
-    _, plain = trained("plain", max_steps=2, log_every=1)
-    _, compiled = trained("compiled", max_steps=2, log_every=1, compile=True)
-    assert compiled[0].total == pytest.approx(plain[0].total, rel=1e-4)
+    """And where graphs break at sites inside recomputed layers, code of modules with other hooks is not taken."""
+    settings = {"max_steps": 2, "log_every": 1, "batch": 2, "gradient_checkpointing": True}
+    _, plain = trained("plain", {"sites": "self-attn"}, **settings)
+    _, compiled = trained("compiled", {"sites": "self-attn"}, compile=True, **settings)
+    require_same_reports(plain, compiled)
 
 
 def test_convolution_weights_are_laid_out_where_it_pays(teacher_folder, teacher):

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from bkd.diffusion import NoiseSchedule
+from bkd.errors import EnvironmentProblem
 from bkd.recipe.schema import Loss, Train
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events
 from bkd.training.journal import StepReport
 from bkd.training.optimizer import learning_rate
 from bkd.training.stop import Interrupted, StopSignal
-from bkd.training.tracking import MetricsLog, read_metrics
+from bkd.training.tracking import MetricsLog, Trackers, read_metrics
 from tests.test_data import cached
 from tests.training import fit, kd, loss_of, make_fit, one_batch
 
@@ -175,3 +176,28 @@ def test_zero_snr_has_a_target():
     schedule = NoiseSchedule.from_alphas_cumprod(torch.tensor([0.99, 0.0]), "v_prediction")
     x, noise = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     assert schedule.target(x, noise, torch.tensor([1])).item() == -1
+
+
+def test_trackers_get_what_is_logged_and_forget_what_is_repeated(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def report(step, value):
+        return StepReport(step, 5, {"task_loss": value}, {"mid": value}, value, 1e-3, math.nan, 0.1)
+
+    for first, value in ((0, 1.0), (2, 7.0)):  # the second process continues after step 2
+        with Trackers(("tensorboard",), tmp_path, is_main=True) as trackers:
+            trackers.start(first)
+            for step in range(first + 1, 5):
+                trackers.log(report(step, value))
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"task_loss", "feature_kd_loss/mid", "total", "lr"} <= set(found.Tags()["scalars"])
+    assert [(e.step, e.value) for e in found.Scalars("task_loss")] == [(1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0)]
+
+
+def test_trackers_that_are_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("bkd.training.tracking.installed_version", lambda name: None)
+    with Trackers(("tensorboard",), tmp_path, is_main=True) as trackers:
+        trackers.start(0)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(EnvironmentProblem, match=r"wandb is not installed(.|\n)*train\.trackers=\[\]"):
+        Trackers(("wandb",), tmp_path, is_main=True)
