@@ -105,9 +105,9 @@ class Fit:
         self._events.resumed(first)
         self._method.trainable.train()
         self._journal.start()
-        with StopSignal() as stop, self._method.watching(), closing(self._batches(first)) as batches:
+        with StopSignal() as stop, self._method.watching(), closing(self.batches(first)) as batches:
             for step in range(first, self._train.max_steps):
-                self._update(step, batches)
+                self.update(step, batches)
                 if self._reads_after(step + 1, stop):
                     self._pause(step + 1, stop)
         self._average.apply()
@@ -129,8 +129,13 @@ class Fit:
         weights = {name: self._in_full(tensor) for name, tensor in self._average.tensors.items()}
         return weights if self._parallel.is_main else None
 
-    def _update(self, step: int, batches: Iterator[Any]) -> None:
-        """One optimizer step. Nothing in here waits for the device."""
+    def update(self, step: int, batches: Iterator[Any]) -> None:
+        """One optimizer step, 0-based. Nothing in here waits for the device.
+
+        Args:
+            step: Which.
+            batches: From `batches`, one item for each pass.
+        """
         lr = learning_rate(self._train, step)
         passes: list[LossTerms] = []
         with running_out_of_memory(self._train):
@@ -188,7 +193,8 @@ class Fit:
                 " other settings from its newest checkpoint, which is good",
             )
 
-    def _batches(self, first: int) -> Generator[Any, None, None]:
+    def batches(self, first: int) -> Generator[Any, None, None]:
+        """This process's passes from step `first` on, drawn ahead in a thread; to be closed."""
         places = ((step, n) for step in range(first, self._train.max_steps) for n in range(self._train.grad_accum))
         return map_ahead(self._draw, places, workers=1, ahead=PASSES_AHEAD)
 
