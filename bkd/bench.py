@@ -25,6 +25,7 @@ from bkd.training.checkpoint import Checkpoint, Checkpoints
 from bkd.training.fit import READ_EVERY, Events, Fit
 from bkd.training.journal import StepReport
 from bkd.training.parallel import start_parallel
+from bkd.training.stop import StopSignal
 
 NUM_SAMPLES = 1_000_000
 """Of the simulated data set: how many there are must not matter."""
@@ -137,7 +138,7 @@ def bench_train(
         parallel=parallel,
         seed=recipe.seed,
         events=Events(step=on_step),
-    ).run()
+    ).run(StopSignal())
     return TrainingSpeed(
         device=describe_device(parallel.device),
         seconds=reports[-1].seconds,

@@ -31,7 +31,7 @@ from bkd.surgery.sites import check_pairs
 from bkd.surgery.unet import plan_removal
 from bkd.training.fit import require_enough
 from bkd.training.parallel import Parallel, start_parallel
-from bkd.training.stop import Interrupted
+from bkd.training.stop import Interrupted, StopSignal
 
 
 def _cache(recipe: Recipe) -> Path:
@@ -129,7 +129,9 @@ def _check_trainable(recipe: Recipe, teacher: Path) -> None:
         )
 
 
-def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listener, *, force: bool = False) -> None:
+def run_recipe(
+    recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listener, stop: StopSignal, *, force: bool = False
+) -> None:
     """Train every stage that is not finished yet and leave a student folder.
 
     Args:
@@ -137,6 +139,7 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
         run: As `open_run` returned it.
         inputs: As `check_inputs` returned them.
         listener: Told what happens.
+        stop: Requests to stop.
         force: Whether a run with another teacher or other data is continued.
 
     Raises:
@@ -152,7 +155,7 @@ def run_recipe(recipe: Recipe, run: RunFolder, inputs: Inputs, listener: Listene
         run.require_same("data_fingerprint", data.fingerprint, force=force)
         parallel = start_parallel(recipe.train.parallel)
         _record_facts(recipe, run, data, parallel)
-        job = Job(recipe, run, inputs.teacher, data, parallel, listener, force)
+        job = Job(recipe, run, inputs.teacher, data, parallel, listener, stop, force)
         for number, plan in enumerate(inputs.plans):
             if not parallel.agree(_is_finished(student_folder(run, recipe, number))):
                 StageRun(job, number, plan, pipe).train()

@@ -28,6 +28,7 @@ from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events, Fit
 from bkd.training.journal import StepReport
 from bkd.training.parallel import Parallel
+from bkd.training.stop import StopSignal
 from bkd.training.tracking import MetricsLog, Trackers
 
 
@@ -59,6 +60,7 @@ class Job:
         data: Cached samples.
         parallel: This process among the others.
         listener: Told what happens, on the main process.
+        stop: Requests to stop.
         force: Whether checkpoints made with another plan, teacher or data are continued from.
     """
 
@@ -68,6 +70,7 @@ class Job:
     data: LatentSet
     parallel: Parallel
     listener: Listener
+    stop: StopSignal
     force: bool = False
 
 
@@ -109,7 +112,7 @@ class StageRun:
                 events=Events(self._on_resume, self._on_step, lambda step: self._draw(fit, f"step-{step:08d}")),
             )
             try:
-                fit.run()
+                fit.run(job.stop)
             finally:
                 self._add_seconds(time.monotonic() - started)
         self._finish(fit)

@@ -14,7 +14,7 @@ from bkd.locate import locate
 from bkd.models import load_pipeline
 from bkd.recipe.schema import Loss
 from bkd.training.parallel import start_parallel
-from bkd.training.stop import Interrupted
+from bkd.training.stop import Interrupted, StopSignal
 from tests.training import kd, make_fit
 
 STEPS = 20
@@ -51,8 +51,8 @@ def run(name, latents, out):
     fit = make_fit(method, data, place / "checkpoints", losses.append, parallel=parallel, **settings)
     if name == "stopped":  # one process is asked, all stop
         fit._reads_after = lambda done, stop: setattr(stop, "requested", parallel.place.rank == 1) or done == 7
-    with suppress(Interrupted):
-        fit.run()
+    with suppress(Interrupted), StopSignal() as stop:
+        fit.run(stop)
     weights = fit.average_in_full()
     if parallel.is_main:
         (out / name).mkdir(exist_ok=True)

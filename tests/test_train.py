@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bkd.diffusion import NoiseSchedule
-from bkd.errors import EnvironmentProblem
+from bkd.errors import EnvironmentProblem, TrainingError
 from bkd.recipe.schema import Loss, Train
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events
@@ -19,7 +19,7 @@ from bkd.training.optimizer import learning_rate
 from bkd.training.stop import Interrupted, StopSignal
 from bkd.training.tracking import MetricsLog, Trackers, read_metrics
 from tests.test_data import cached
-from tests.training import fit, kd, loss_of, make_fit, one_batch
+from tests.training import fit, kd, loss_of, make_fit, one_batch, run
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_validation_pictures_show_the_average(teacher, teacher_folder, data, tmp
 
     events = Events(samples=look)
     running = make_fit(method, data, tmp_path, events=events, max_steps=3, samples_every=1)
-    running.run()
+    run(running)
     assert seen == [True, True, True]
 
 
@@ -107,6 +107,12 @@ def test_a_request_to_stop_is_granted_after_the_step_with_a_checkpoint(teacher, 
         fit(kd(teacher, teacher_folder), data, tmp_path, ask)
     assert Checkpoints(tmp_path).newest() == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_weights_of_another_student_are_refused(teacher, teacher_folder, data, tmp_path):
+    fit(kd(teacher, teacher_folder), data, tmp_path, max_steps=2)
+    with pytest.raises(TrainingError, match=r"do not fit this student(.|\n)*tensors differ, such as "):
+        fit(kd(teacher, teacher_folder, "sd-small"), data, tmp_path, max_steps=4)
 
 
 def test_passes_do_not_change_the_result(teacher, teacher_folder, data, tmp_path):
@@ -164,12 +170,19 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
     assert read_metrics(path)[0]["feature_kd_loss/mid"] is None
 
 
-def test_a_second_ctrl_c_stops_at_once():
-    with StopSignal() as stop, pytest.raises(KeyboardInterrupt):
-        stop._request(signal.SIGUSR1, None)
-        stop._request(signal.SIGTERM, None)
+def test_requests_wait_for_the_end_of_a_step_and_a_second_ctrl_c_does_not():
+    with StopSignal() as stop, stop.waiting(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
-        stop._request(signal.SIGINT, None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_before_training_requests_are_granted_at_once(number):
+    with StopSignal(), pytest.raises(Interrupted):
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_zero_snr_has_a_target():

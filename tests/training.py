@@ -19,6 +19,7 @@ from bkd.surgery.unet import plan_removal
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events, Fit
 from bkd.training.parallel import Parallel
+from bkd.training.stop import StopSignal
 
 ALONE = Parallel("alone", process_place(), torch.device("cpu"))
 
@@ -57,8 +58,14 @@ def make_fit(method, data, folder, on_step=lambda report: None, *, parallel=ALON
 
 def fit(method, data, folder, on_step=lambda report: None, **settings):
     """Train, and return the weights by name."""
-    make_fit(method, data, folder, on_step, **settings).run()
+    run(make_fit(method, data, folder, on_step, **settings))
     return {name: p.detach().clone() for name, p in method.trainable.named_parameters()}
+
+
+def run(made):
+    """Train to the end, or until a signal."""
+    with StopSignal() as stop:
+        made.run(stop)
 
 
 def one_batch(method, data, step=0):

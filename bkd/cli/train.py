@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from bkd.cli.console import console, prepare, progress_view
+from bkd.cli.console import ProgressView, console, prepare, progress_view
 from bkd.environment import process_place
 
 if TYPE_CHECKING:
     from bkd.recipe.schema import Recipe
+    from bkd.training.stop import StopSignal
 
 STOPPED = 75
 """Exit code after a granted request to stop; EX_TEMPFAIL of sysexits.h: try the same again later."""
@@ -67,35 +68,42 @@ def _already_done(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
 
 
 def _train(name: str, folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> None:
-    place = process_place()
-    with progress_view(quiet=place.rank > 0) as view:
+    with progress_view(quiet=process_place().rank > 0) as view:
         view.phase("loading …")
         prepare()
-        from bkd.cli.cost_view import show_advice
-        from bkd.data.remote import shown
-        from bkd.run import check_inputs, run_recipe
-        from bkd.run_folder import RunFolder, open_run
-        from bkd.run_lock import hold_run
-        from bkd.stage import Listener
-        from bkd.training.stop import Interrupted
+        from bkd.training.stop import Interrupted, StopSignal
 
-        view.phase("checking teacher and shards")
-        inputs = check_inputs(recipe, view.update)
-        if place.rank == 0:
+        try:
+            with StopSignal() as stop:
+                student = _train_in(folder, name, recipe, overwrite, force, view, stop)
+        except Interrupted:
+            view.phase("stopped, everything is saved; the same command continues")
+            raise typer.Exit(STOPPED) from None
+        except KeyboardInterrupt:
+            view.phase("stopped; the same command continues from the last checkpoint")
+            raise typer.Exit(130) from None
+        view.phase(f"done: {student} is a stock diffusers pipeline folder")
+
+
+def _train_in(
+    folder: Path, name: str, recipe: Recipe, overwrite: bool, force: bool, view: ProgressView, stop: StopSignal
+) -> Path:
+    from bkd.cli.cost_view import show_advice
+    from bkd.data.remote import shown
+    from bkd.run import check_inputs, run_recipe
+    from bkd.run_folder import RunFolder, open_run
+    from bkd.run_lock import hold_run
+    from bkd.stage import Listener
+
+    view.phase("checking teacher and shards")
+    inputs = check_inputs(recipe, view.update)
+    listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
+    run = RunFolder(folder, writes=False)
+    with ExitStack() as held:
+        if process_place().rank == 0:
             show_advice(name, recipe, inputs.teacher, inputs.plans[0])
-        listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
-        run = RunFolder(folder, writes=False)
-        with ExitStack() as held:
-            if place.rank == 0:
-                run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)
-                held.enter_context(hold_run(folder))
-                run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))
-            try:
-                run_recipe(recipe, run, inputs, listener, force=force)
-            except Interrupted:
-                view.phase("stopped, everything is saved; the same command continues")
-                raise typer.Exit(STOPPED) from None
-            except KeyboardInterrupt:
-                view.phase("stopped; the same command continues from the last checkpoint")
-                raise typer.Exit(130) from None
-        view.phase(f"done: {run.student} is a stock diffusers pipeline folder")
+            run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)
+            held.enter_context(hold_run(folder))
+            run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))
+        run_recipe(recipe, run, inputs, listener, stop, force=force)
+    return run.student

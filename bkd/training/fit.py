@@ -94,8 +94,11 @@ class Fit:
         self._journal = Journal(train.max_steps, parallel)
         self._skipped_in_a_row = 0
 
-    def run(self) -> None:
+    def run(self, stop: StopSignal) -> None:
         """Train to the last step; afterwards the trainable module holds the averaged weights.
+
+        Args:
+            stop: Heard between steps.
 
         Raises:
             Interrupted: After a request to stop; run the same again to continue.
@@ -105,7 +108,7 @@ class Fit:
         self._events.resumed(first)
         self._method.trainable.train()
         self._journal.start()
-        with StopSignal() as stop, self._method.watching(), closing(self.batches(first)) as batches:
+        with stop.waiting(), self._method.watching(), closing(self.batches(first)) as batches:
             for step in range(first, self._train.max_steps):
                 self.update(step, batches)
                 if self._reads_after(step + 1, stop):
@@ -241,12 +244,25 @@ class Fit:
         if not step:
             return 0
         found = self._checkpoints.load(step)
+        self._require_fitting(found)
         with torch.no_grad():
             for tensors, saved in ((self._parameters, found.trainable), (self._average.tensors, found.ema)):
                 for name in saved:
                     own(tensors[name]).copy_(own(split_like(saved[name], tensors[name])))
         self._optimizer.load(found.optimizer, found.scaler)
         return step
+
+    def _require_fitting(self, found: Checkpoint) -> None:
+        """Of a forced run, weights may be those of another student."""
+        theirs = {name: tuple(tensor.shape) for name, tensor in found.trainable.items()}
+        ours = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        if differing := [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]:
+            raise TrainingError(
+                "the checkpoint's weights do not fit this student",
+                where=f"step {found.step}",
+                got=f"{len(differing)} tensors differ, such as {min(differing)}",
+                remedy="give the student the blocks it had, or --overwrite to start again",
+            )
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -10,14 +12,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """A request to stop was granted: a checkpoint has been written, and the same command continues."""
+    """A request to stop was granted: all that was done is on the disk, and the same command continues."""
 
 
 class StopSignal:
-    """Turns the first signal into a request to stop after the current step; a second Ctrl-C stops at once."""
+    """Turns signals into a request to stop, for as long as the context lasts.
+
+    It is granted at once, by `Interrupted`, where nothing is lost by that: whatever is written before training is
+    written whole or not at all. While steps are trained it waits for the end of one; a Ctrl-C after that does not.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._waits = False
 
     def __enter__(self) -> StopSignal:
-        self.requested = False
         self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
         return self
 
@@ -27,7 +36,18 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For as long as this lasts, requests are kept in `requested`."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if not self._waits:
+            raise Interrupted
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
