@@ -24,7 +24,7 @@ from bkd.model_folder import is_inpainting, model_digest, native_resolution, une
 from bkd.models import best_device, describe_device, load_pipeline
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
-from bkd.run_folder import RunFolder
+from bkd.run_folder import RunFolder, is_trained
 from bkd.stage import Job, Listener, StageRun, student_folder
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.sites import check_pairs
@@ -157,7 +157,7 @@ def run_recipe(
         _record_facts(recipe, run, data, parallel)
         job = Job(recipe, run, inputs.teacher, data, parallel, listener, stop, force)
         for number, plan in enumerate(inputs.plans):
-            if not parallel.agree(_is_finished(student_folder(run, recipe, number))):
+            if not parallel.agree(is_trained(student_folder(run, recipe, number), recipe.train.max_steps)):
                 StageRun(job, number, plan, pipe).train()
             run.record(replaced_samples=dict(data.replaced))
 
@@ -187,10 +187,6 @@ def _make_latents(caching: Caching, pipe: StableDiffusionPipeline, listener: Lis
     ensure_latents(caching, encoding, place=process_place(), progress=listener.progress)
     pipe.vae.to("cpu")
     wait_for_latents(caching, listener.progress)
-
-
-def _is_finished(student: Path) -> bool:
-    return any(student.glob("unet/*.safetensors"))
 
 
 def _record_facts(recipe: Recipe, run: RunFolder, data: LatentSet, parallel: Parallel) -> None:

@@ -27,6 +27,7 @@ from bkd.files import write_atomically
 from bkd.recipe.load import dump_recipe, load_recipe, result_keys
 from bkd.recipe.schema import Recipe
 from bkd.run_lock import LOCK_FILE, require_not_held
+from bkd.surgery.plan import PLAN_FILE
 
 State = Literal["new", "continue", "done"]
 
@@ -149,8 +150,17 @@ def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False, force: bool
         _start(run, recipe)  # stopped before the first checkpoint: nothing to continue, nothing to lose
         return run, "new"
     _require_same_recipe(run, recipe, force=force)
-    has_weights = any(run.student.glob("unet/*.safetensors"))
-    return run, "done" if run.facts().get("status") == "done" and has_weights else "continue"
+    finished = run.facts().get("status") == "done" and is_trained(run.student, recipe.train.max_steps)
+    return run, "done" if finished else "continue"
+
+
+def is_trained(student: Path, steps: int) -> bool:
+    """Whether a stage's student has been written after so many steps; an earlier one gives way to it."""
+    try:
+        facts = json.loads((student / PLAN_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return facts.get("steps") == steps and any(student.glob("unet/*.safetensors"))
 
 
 def _refuse_own_teacher(run: RunFolder, recipe: Recipe) -> None:
@@ -171,8 +181,19 @@ def _start(run: RunFolder, recipe: Recipe) -> None:
 
 
 def _require_same_recipe(run: RunFolder, recipe: Recipe, *, force: bool) -> None:
-    before, now = result_keys(run.recipe()), result_keys(recipe)
+    written = run.recipe()
+    before, now = result_keys(written), result_keys(recipe)
+    if recipe.train.lr_schedule == "constant" and recipe.train.max_steps > written.train.max_steps:
+        before["train.max_steps"] = now["train.max_steps"]  # more of the same; other schedules depend on the end
     changed = _differences(before, now)
+    finished = is_trained(run.student, written.train.max_steps)
+    if changed and finished:
+        raise OutputError(
+            "this folder holds a finished run with other settings",
+            where=run.path,
+            got="; ".join(changed),
+            remedy="choose another -o, or add --overwrite to start again",
+        )
     if changed and not force:
         raise OutputError(
             "this folder holds a run with other settings",

@@ -179,7 +179,11 @@ class StageRun:
             if student is None:
                 return
             job.listener.phase("writing and reloading the student")
-            facts = {"teacher": job.recipe.teacher.id, "teacher_digest": job.run.facts()["teacher_digest"]}
+            facts = {
+                "teacher": job.recipe.teacher.id,
+                "teacher_digest": job.run.facts()["teacher_digest"],
+                "steps": job.recipe.train.max_steps,
+            }
             output = student_folder(job.run, job.recipe, self._number)
             student.to("cpu", memory_format=torch.contiguous_format)
             write_student(output, teacher=job.teacher, unet=student, plan=self._plan, facts=facts)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,8 +87,45 @@ def test_cadences_may_change(bkd, finished, shards):
 
 def test_other_settings_are_refused_with_both_values(bkd, finished, shards):
     code, printed = bkd(*command(finished, shards, "train.lr=1e-5")[3:])
-    assert code == 1 and "holds a run with other settings" in printed
+    assert code == 1 and "run with other settings" in printed
     assert "train.lr is 0.002 there and 1e-05 here" in printed
+
+
+def test_a_finished_run_with_other_settings_is_not_forced(bkd, finished, shards):
+    code, printed = bkd(*command(finished, shards, "train.lr=1e-5", "--force")[3:])
+    assert code == 1 and "holds a finished run with other settings" in printed
+
+
+def test_a_folder_that_another_process_works_on_is_left_alone(bkd, finished, shards, tmp_path):
+    folder = tmp_path / "held"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "student")
+    holder = {"host": socket.gethostname(), "pid": os.getppid(), "since": "2026-01-01T00:00:00"}
+    (folder / "run.lock").write_text(json.dumps(holder))
+    for more in ((), ("--overwrite",), ("--force",)):
+        code, printed = bkd(*command(folder, shards, *more)[3:])
+        assert code == 1 and f"process {os.getppid()} on {socket.gethostname()}" in printed
+    assert (folder / "checkpoints").is_dir()
+
+
+def test_constant_schedules_may_grow_and_forced_runs_may_change(bkd, shards, tmp_path):
+    """The longer run is what it would have been at once; the forced one goes on with other settings."""
+    settings = ["train.lr_schedule=constant", "samples.prompts=[]", "train.trackers=[]", "train.checkpoint_every=3"]
+    runs = {}
+    for name, calls in {"grown": [3, 6], "whole": [6]}.items():
+        for steps in calls:
+            call = command(tmp_path / name, shards, *settings, f"train.max_steps={steps}")[3:]
+            code, printed = bkd(*call)
+            assert code == 0, printed
+        runs[name] = weights(tmp_path / name)
+    assert "continuing after step" not in printed
+    assert all(torch.equal(runs["grown"][key], runs["whole"][key]) for key in runs["whole"])
+    shutil.rmtree(tmp_path / "grown" / "student")
+    longer = command(tmp_path / "grown", shards, *settings, "train.max_steps=7", "train.lr=1e-5")[3:]
+    code, printed = bkd(*longer)
+    assert code == 1 and "--force continues with the new settings" in printed
+    code, printed = bkd(*longer, "--force")
+    assert code == 0 and "continuing after step 6" in printed
 
 
 def test_a_killed_run_continues_to_the_same_weights(finished, shards, cache, tmp_path):

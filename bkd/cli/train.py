@@ -42,7 +42,7 @@ def train(
     folder = output or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
     if dry_run:
         _show(recipe, parsed)
-    elif _already_done(folder, parsed, overwrite):
+    elif _already_done(folder, parsed, overwrite, force):
         console.print(f"already done: {folder / 'student'}")
     else:
         _train(recipe, folder, parsed, overwrite, force)
@@ -59,12 +59,12 @@ def _show(name: str, recipe: Recipe) -> None:
     show_plan(name, recipe, inputs)
 
 
-def _already_done(folder: Path, recipe: Recipe, overwrite: bool) -> bool:
+def _already_done(folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> bool:
     """Answered without loading torch, for a finished run."""
     from bkd.run_folder import RunFolder, open_run
 
     finished = RunFolder(folder).facts_file.is_file() and RunFolder(folder).facts().get("status") == "done"
-    return finished and not overwrite and open_run(folder, recipe)[1] == "done"
+    return finished and not overwrite and open_run(folder, recipe, force=force)[1] == "done"
 
 
 def _train(name: str, folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> None:
