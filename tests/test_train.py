@@ -109,6 +109,18 @@ def test_a_request_to_stop_is_granted_after_the_step_with_a_checkpoint(teacher, 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize(("seconds", "reads"), [(1e9, [1, 6, 7]), (0.0, [1, 2, 3, 4, 5, 6, 7])])
+def test_numbers_are_read_together_unless_steps_are_slow(
+    teacher, teacher_folder, data, tmp_path, monkeypatch, seconds, reads
+):
+    monkeypatch.setattr("bkd.training.fit.READ_SECONDS", seconds)
+    made = make_fit(kd(teacher, teacher_folder), data, tmp_path, max_steps=7, log_every=5, checkpoint_every=100)
+    pauses, pause = [], made._pause
+    made._pause = lambda done, stop: (pauses.append(done), pause(done, stop))
+    run(made)
+    assert pauses == reads
+
+
 def test_weights_of_another_student_are_refused(teacher, teacher_folder, data, tmp_path):
     fit(kd(teacher, teacher_folder), data, tmp_path, max_steps=2)
     with pytest.raises(TrainingError, match=r"do not fit this student(.|\n)*tensors differ, such as "):

@@ -28,8 +28,8 @@ from bkd.training.stop import Interrupted, StopSignal
 
 PASSES_AHEAD = 4
 """Batches read and drawn while earlier ones are trained on."""
-READ_EVERY = 10
-"""Steps after which numbers are read from the device at the latest, and requests to stop are heard by all processes."""
+READ_EVERY, READ_SECONDS = 10, 10.0
+"""Steps, or seconds, after which numbers are read from the device, and all processes hear of requests to stop."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Fit:
         self._average = Average(self._parameters, train.ema)
         self._journal = Journal(train.max_steps, parallel)
         self._skipped_in_a_row = 0
+        self._read_at, self._read_every = 0, 1
 
     def run(self, stop: StopSignal) -> None:
         """Train to the last step; afterwards the trainable module holds the averaged weights.
@@ -104,7 +105,7 @@ class Fit:
             Interrupted: After a request to stop; run the same again to continue.
             TrainingError: If too many steps in a row were not finite, or memory ran out.
         """
-        first = self._resume()
+        first = self._read_at = self._resume()
         self._events.resumed(first)
         self._method.trainable.train()
         self._journal.start()
@@ -165,17 +166,20 @@ class Fit:
 
     def _reads_after(self, done: int, stop: StopSignal) -> bool:
         train = self._train
-        cadences = [min(train.log_every, READ_EVERY), train.checkpoint_every, train.samples_every]
-        due = any(every and done % every == 0 for every in cadences)
+        due = any(every and done % every == 0 for every in (train.checkpoint_every, train.samples_every))
         alone = self._parallel.kind == "alone"  # others would wait for steps that this process no longer does
-        return due or done in (1, train.max_steps) or (stop.requested and alone)
+        due = due or done == train.max_steps or (stop.requested and alone)
+        return due or done - self._read_at >= self._read_every
 
     def _pause(self, done: int, stop: StopSignal) -> None:
+        train = self._train
         reports, stopping = self._journal.read(stop=stop.requested)
+        # All processes know the same seconds, so they read after the same step again.
+        seconds = max(reports[-1].seconds, 1e-6)
+        self._read_at, self._read_every = done, max(1, min(train.log_every, READ_EVERY, int(READ_SECONDS / seconds)))
         for report in reports:
             self._events.step(report)
             self._count_skipped(report)
-        train = self._train
         if train.samples_every and done % train.samples_every == 0:
             self._events.samples(done)
         if done % train.checkpoint_every == 0 or done == train.max_steps or stopping:

@@ -90,23 +90,23 @@ class Journal:
         self._rows.append(_Row(step, lr, tuple(first.parts), tuple(first.sites), values, gradient))
 
     def read(self, *, stop: bool) -> tuple[list[StepReport], bool]:
-        """Everything since the last call, and whether any process was asked to stop.
+        """Everything since the last call, of which there must be something, and whether any process was asked to stop.
+
+        What is returned is the same in all processes.
 
         Args:
             stop: Whether this process was.
         """
-        if not self._rows:
-            return [], stop
-        asked = torch.full((len(self._rows), 1), float(stop), device=self._rows[0].values.device)
-        table = torch.cat([torch.stack([row.values for row in self._rows]), asked], dim=1)
-        numbers = self._parallel.mean(table).tolist()
-        norms = torch.stack([row.gradient.norm for row in self._rows]).tolist()
+        norms = torch.stack([row.gradient.norm for row in self._rows]).tolist()  # the host has now caught up
         seconds = (time.perf_counter() - self._started) / len(self._rows)
-        pairs = zip(self._rows, numbers, norms, strict=True)
-        reports = [self._report(row, values[:-1], norm, seconds) for row, values, norm in pairs]
+        values = torch.stack([row.values for row in self._rows])
+        ours = torch.tensor([float(stop), seconds], device=values.device).expand(len(self._rows), -1)
+        table = self._parallel.mean(torch.cat([values, ours], dim=1)).tolist()
+        rows = zip(self._rows, table, norms, strict=True)
+        reports = [self._report(row, numbers[:-2], norm, numbers[-1]) for row, numbers, norm in rows]
         self._rows.clear()
-        self._started = time.perf_counter()
-        return reports, numbers[0][-1] > 0
+        self.start()
+        return reports, table[0][-2] > 0
 
     def _report(self, row: _Row, values: Sequence[float], norm: float, seconds: float) -> StepReport:
         count = len(row.parts)
