@@ -87,6 +87,14 @@ def test_a_checkpoint_of_something_else_is_refused_unless_forced(tmp_path, name)
     assert Checkpoints(tmp_path, identity).newest() == 3
 
 
+@pytest.fixture(scope="module")
+def lives():
+    """Starts processes that need not import anything, since their parent has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bkd.models", "bkd.training.fit", "tests.training", "tests.test_checkpoint"])
+    return context
+
+
 def fill_the_disk(folder, connection):
     """A file-size limit fails as a full disk does: in the middle of a file."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
@@ -99,12 +107,12 @@ def fill_the_disk(folder, connection):
         connection.send(repr(error))
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_usable(tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before_usable(lives, tmp_path):
     saved(tmp_path)
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=fill_the_disk, args=(tmp_path, theirs))
+    ours, theirs = lives.Pipe()
+    process = lives.Process(target=fill_the_disk, args=(tmp_path, theirs))
     process.start()
-    assert ours.poll(60)
+    assert ours.poll(120)
     message = ours.recv()
     process.join()
     assert "the checkpoint could not be written" in message and "continues after step 3" in message
@@ -126,14 +134,6 @@ def train(latents, folder, connection: Connection):
     weights = fit(kd(pipe, locate("shapes")), data, folder, **SETTINGS)
     torch.save(weights, folder / "weights.pt")
     connection.send("done")
-
-
-@pytest.fixture(scope="module")
-def lives():
-    """Starts processes that need not import anything, since their parent has."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bkd.models", "bkd.training.fit", "tests.training", "tests.test_checkpoint"])
-    return context
 
 
 def live(lives, latents, folder):

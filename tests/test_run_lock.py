@@ -88,7 +88,7 @@ def rush(folder, start, results):
 
 def test_of_many_that_rush_for_a_dead_lock_one_gets_it(tmp_path):
     leave(tmp_path, {**US, "pid": 2**22 + 1})
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     start, results = context.Event(), context.Queue()
     processes = [context.Process(target=rush, args=(tmp_path, start, results)) for _ in range(8)]
     for process in processes:
