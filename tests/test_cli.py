@@ -310,7 +310,7 @@ def test_the_same_model_twice_is_refused(bkd, tmp_path, monkeypatch):
 def test_recipe_files_run_beside_the_packaged_ones(bkd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("train: {max_steps: 1, batch: 2}")
-    monkeypatch.setattr("bkd.cli.train._train", lambda folder, *_: print(folder))
+    monkeypatch.setattr("bkd.cli.train._train", lambda name, folder, *_: print(folder))
     assert "runs/mine" in bkd("train", tmp_path / "mine.yaml")[1]
 
 
