@@ -27,8 +27,8 @@ from bkd.training.journal import StepReport
 from bkd.training.parallel import start_parallel
 from bkd.training.stop import StopSignal
 
-NUM_SAMPLES = 1_000_000
-"""Of the simulated data set: how many there are must not matter."""
+NUM_SAMPLES, PER_SHARD = 1_000_000, 10_000
+"""Of the simulated data set, in shards of img2dataset's usual size."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,13 @@ class SimulatedSamples:
     Args:
         pipe: The teacher.
         resolution: Side of the training images, in pixels.
+        num_samples: How many there are; it must not matter.
     """
 
     name = "simulated samples"
 
-    def __init__(self, pipe: StableDiffusionPipeline, resolution: int) -> None:
+    def __init__(self, pipe: StableDiffusionPipeline, resolution: int, num_samples: int = NUM_SAMPLES) -> None:
+        self._num_samples = num_samples
         side = resolution // pipe.vae_scale_factor
         self._moments = torch.rand(2 * pipe.vae.config.latent_channels, side, side)
         tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
@@ -70,10 +72,11 @@ class SimulatedSamples:
         self._size = torch.tensor([resolution, resolution, 0, 0, resolution, resolution]).float()
 
     def __len__(self) -> int:
-        return NUM_SAMPLES
+        return self._num_samples
 
     def order(self, seed: int) -> Order:
-        return Order((NUM_SAMPLES,), seed)
+        shards, rest = divmod(self._num_samples, PER_SHARD)
+        return Order((*[PER_SHARD] * shards, *([rest] if rest else [])), seed)
 
     def expect(self, shards: Sequence[int]) -> None:
         """Everything is here."""

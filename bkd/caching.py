@@ -15,7 +15,7 @@ from bkd.data.latent_folder import LatentFolder, find_latents, open_latents
 from bkd.data.latent_set import LatentSet
 from bkd.data.latent_shards import LatentDescription, LatentSettings, require_same_settings
 from bkd.data.order import WINDOW
-from bkd.data.output_set import ALONE, OutputSet
+from bkd.data.output_set import ALONE, described_set
 from bkd.data.sources import find_sources
 from bkd.data.survey import DataWish, SurveyedShard, survey
 from bkd.environment import Place
@@ -150,13 +150,12 @@ def wait_for_latents(caching: Caching, progress: Progress = silent) -> None:
     """Until other processes, perhaps on other machines, have encoded their shares, too.
 
     Args:
-        caching: As planned.
+        caching: As planned; this process's share must be done.
         progress: Called with (done, total) shards.
     """
-    if caching.found is not None:
+    output = None if caching.found is not None else described_set(caching.folder)
+    if output is None:
         return
-    description = LatentDescription(caching.settings, tuple(shard.described() for shard in caching.shards))
-    output = OutputSet(caching.folder, len(caching.shards), description.fingerprint)
     missing = output.unfinished()
     while missing:
         progress(output.num_shards - len(missing), output.num_shards)

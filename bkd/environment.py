@@ -42,6 +42,11 @@ def process_place() -> Place:
     return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def shards_networks(wish: str) -> bool:
+    """Whether several processes hold networks in shards: `fsdp2`, or `auto` where `accelerate launch` was given so."""
+    return wish == "fsdp2" or (wish == "auto" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true")
+
+
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, or None."""
     try:

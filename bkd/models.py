@@ -73,6 +73,11 @@ def training_dtype(mixed_precision: str) -> torch.dtype:
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
 
 
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Forward passes of float32 weights in another dtype; nothing where that is float32, too."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def place_teacher(pipe: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Put what a training step runs on the device: UNet and text encoders. The autoencoder stays where it is."""
     for name in ("unet", "text_encoder", "text_encoder_2"):

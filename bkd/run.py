@@ -184,9 +184,11 @@ def _make_latents(caching: Caching, pipe: StableDiffusionPipeline, listener: Lis
         pipe.vae.to(best_device())
         return pipe
 
-    ensure_latents(caching, encoding, place=process_place(), progress=listener.progress)
+    place = process_place()
+    ensure_latents(caching, encoding, place=place, progress=listener.progress)
     pipe.vae.to("cpu")
-    wait_for_latents(caching, listener.progress)
+    if place.world_size > 1:
+        wait_for_latents(caching, listener.progress)
 
 
 def _record_facts(recipe: Recipe, run: RunFolder, data: LatentSet, parallel: Parallel) -> None:

@@ -29,10 +29,10 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bkd.bench import SimulatedSamples, Unsaved, peak_bytes
+from bkd.bench import NUM_SAMPLES, SimulatedSamples, Unsaved, peak_bytes
 from bkd.eval.pictures import with_unet
 from bkd.locate import locate
-from bkd.models import best_device, load_pipeline
+from bkd.models import best_device, load_pipeline, training_dtype
 from bkd.recipe.schema import Loss, Method, Recipe, Stage, Student, Train
 from bkd.stage import build_method
 from bkd.surgery.build import build_student
@@ -94,13 +94,21 @@ def recipe_of(setting: Setting, loss: Loss, ema: float = EMA_DECAY) -> Recipe:
 class Ours:
     """The product's step."""
 
-    def __init__(self, setting: Setting, loss: Loss, stack: ExitStack, ema: float = EMA_DECAY) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        loss: Loss,
+        stack: ExitStack,
+        *,
+        ema: float = EMA_DECAY,
+        num_samples: int = NUM_SAMPLES,
+    ) -> None:
         pipe = load_teacher(setting.model)
         recipe, parallel = recipe_of(setting, loss, ema), start_parallel("auto")
         plan = plan_removal(pipe.unet.config, setting.blocks)
         method = build_method(recipe, 0, plan, pipe, locate("shapes"), parallel.device)
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        samples = SimulatedSamples(pipe, side)
+        samples = SimulatedSamples(pipe, side, num_samples)
         self.fit = Fit(method, samples, recipe.train, checkpoints=Unsaved(), parallel=parallel, seed=0)
         stack.enter_context(method.watching())
         self._batches: Iterator[Any] = stack.enter_context(closing(self.fit.batches(0)))
@@ -122,7 +130,7 @@ class Reference:
         student = build_student(pipe.unet, plan).train()
         self._accelerator = Accelerator(mixed_precision=setting.mixed_precision, cpu=best_device().type == "cpu")
         device = self._accelerator.device
-        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[setting.mixed_precision]
+        dtype = training_dtype(setting.mixed_precision)
         self._pipe = pipe.to(device, dtype)
         self._optimizer = torch.optim.AdamW(student.parameters(), lr=LR)
         self._ema = EMAModel(student.parameters(), decay=EMA_DECAY)
@@ -238,11 +246,8 @@ def sizes(setting: Setting) -> None:
 
 
 def one_size(setting: Setting, num_samples: int) -> None:
-    import bkd.bench as simulated
-
-    simulated.NUM_SAMPLES = num_samples
     with ExitStack() as stack:
-        ours = Ours(setting, Loss(), stack)
+        ours = Ours(setting, Loss(), stack, num_samples=num_samples)
         timed(ours, WARM_UP)
         seconds = statistics.median(timed(ours, setting.steps) for _ in range(ROUNDS))
     print(seconds, peak_bytes(best_device()))

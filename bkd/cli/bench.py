@@ -23,7 +23,7 @@ def train_(
     parsed = load_recipe(recipe, [*(overrides or ()), "data.shards=simulated"])
     prepare()
     from bkd.bench import bench_train
-    from bkd.cli.cost_view import gib, show_advice
+    from bkd.cli.cost_view import estimated, gib, show_advice
     from bkd.run import check_teacher
 
     teacher, plans = check_teacher(parsed)
@@ -37,4 +37,4 @@ def train_(
         f"{hours:,.2f} hours for {parsed.train.max_steps:,} steps; reading data, checkpoints and pictures are not in it"
     )
     console.print(f"peak memory: {gib(speed.peak_bytes)} GiB")
-    show_advice(recipe, parsed, teacher, plans[0])
+    show_advice(recipe, parsed, estimated(parsed, 0, teacher, plans[0]))

@@ -22,15 +22,9 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
         recipe: As validated.
         inputs: As checked.
     """
-    from bkd.cost import unet_cost
-    from bkd.model_folder import unet_config
-
-    config = unet_config(inputs.teacher)
-    teacher = unet_cost(config)
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
-        parameters = unet_cost(config, plan).parameters
-        console.print(f"{stage.student.blocks}: {parameters:,} of {teacher.parameters:,} UNet parameters")
-        memory = _memory(recipe, number, inputs.teacher, plan)
+        memory = estimated(recipe, number, inputs.teacher, plan)
+        console.print(f"{stage.student.blocks}: {memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters")
         rows = [[part, gib(size)] for part, size in memory.parts().items()]
         console.print("memory of a step, at most; `bkd bench train` measures it with all that comes on top:")
         console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))
@@ -40,7 +34,7 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
             f"disk: {kept} checkpoints of {gib(memory.checkpoint)} GiB, student {gib(memory.student)} GiB + the "
             "teacher's other parts"
         )
-        show_advice(name, recipe, inputs.teacher, plan)
+        show_advice(name, recipe, memory)
 
 
 def _show_work(recipe: Recipe, num_samples: int | None) -> None:
@@ -55,18 +49,18 @@ def _show_work(recipe: Recipe, num_samples: int | None) -> None:
     )
 
 
-def show_advice(name: str, recipe: Recipe, teacher: Path, plan: RemovalPlan) -> None:
+def show_advice(name: str, recipe: Recipe, memory: TrainingMemory) -> None:
     """What looks wrong, a line each."""
     from bkd.models import best_device
     from bkd.recipe.load import written_train
     from bkd.training.estimate import advice
 
-    memory = _memory(recipe, 0, teacher, plan)
     for line in advice(recipe.train, written_train(name), memory, best_device()):
         console.print(f"note: {line}")
 
 
-def _memory(recipe: Recipe, number: int, teacher: Path, plan: RemovalPlan) -> TrainingMemory:
+def estimated(recipe: Recipe, number: int, teacher: Path, plan: RemovalPlan) -> TrainingMemory:
+    """What a stage takes, with as many processes as there are now."""
     from bkd.environment import process_place
     from bkd.model_folder import unet_config
     from bkd.training.estimate import training_memory

@@ -88,7 +88,7 @@ def _train(name: str, folder: Path, recipe: Recipe, overwrite: bool, force: bool
 def _train_in(
     folder: Path, name: str, recipe: Recipe, overwrite: bool, force: bool, view: ProgressView, stop: StopSignal
 ) -> Path:
-    from bkd.cli.cost_view import show_advice
+    from bkd.cli.cost_view import estimated, show_advice
     from bkd.data.remote import shown
     from bkd.run import check_inputs, run_recipe
     from bkd.run_folder import RunFolder, open_run
@@ -101,7 +101,7 @@ def _train_in(
     run = RunFolder(folder, writes=False)
     with ExitStack() as held:
         if process_place().rank == 0:
-            show_advice(name, recipe, inputs.teacher, inputs.plans[0])
+            show_advice(name, recipe, estimated(recipe, 0, inputs.teacher, inputs.plans[0]))
             run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)
             held.enter_context(hold_run(folder))
             run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))

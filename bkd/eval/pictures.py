@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bkd.eval.generate import generate
+from bkd.models import autocast
 from bkd.recipe.schema import Samples
 
 MIN_TILE = 128
@@ -63,7 +64,7 @@ class ValidationPictures:
         pipe.vae.to(self._device)
         try:
             # The student's weights are float32, and so is the autoencoder, which may overflow in float16.
-            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            with autocast(self._dtype, self._device):
                 return generate(
                     pipe,
                     self._samples.prompts,

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from bkd.data.captions import CaptionSource
 from bkd.data.filters import parse_filter
 from bkd.data.remote import shown
+from bkd.environment import shards_networks
 from bkd.errors import DataError, RecipeError, suggest
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe, Train
 from bkd.surgery.presets import PRESET_NAMES, is_unknown_name, split_list
@@ -298,7 +299,7 @@ def _conflicts(recipe: Recipe) -> list[str]:
             problems.append(f"stages.{index}.method.loss: at least one weight should not be 0")
         if stage.method.random_conditioning and recipe.train.batch < 2:
             problems.append(f"stages.{index}.method.random_conditioning: a batch of 1 has no other captions")
-    if recipe.train.parallel == "fsdp2":
+    if shards_networks(recipe.train.parallel):
         problems += _sharding_problems(recipe)
     if recipe.train.grad_accum > 0 and recipe.train.batch % recipe.train.grad_accum:
         problems.append(

@@ -49,7 +49,7 @@ def feature_pairs(anatomy: Anatomy, kept: Layout) -> dict[Sites, tuple[FeaturePa
     # The student's innermost block has no downsampler; its output has another size than its teacher's namesake.
     outer, last = down[:-1], _last_layer(anatomy, kept)
     joint = [*last, *mid] if kept.mid is not None else _handing_over(anatomy, kept, down[-1].student) or last
-    finer = _finer([*outer, *last[:1]], mid, up, kept, anatomy)
+    finer = _finer([*outer, *last], mid, up, kept, anatomy)
     return {"block": (*outer, *joint, *up), "bk": (*outer, *last, *up), **finer}
 
 

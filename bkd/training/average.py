@@ -42,14 +42,13 @@ class Average:
         try:
             yield
         finally:
-            for weight, kept in zip(self._weights(), before, strict=False):
-                weight.copy_(kept)
+            if before:
+                torch._foreach_copy_(self._weights(), before)
 
     def apply(self) -> None:
         """Put the average into the parameters for good."""
-        for weight, average in zip(self._weights(), self._shadow(), strict=True):
-            if average is not weight:
-                weight.copy_(average)
+        if self._decay:
+            torch._foreach_copy_(self._weights(), self._shadow())
 
     def _weights(self) -> list[Tensor]:
         return [own(parameter) for parameter in self._parameters.values()]

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from bkd.environment import shards_networks
 from bkd.hooks import FeatureTap
-from bkd.models import training_dtype
+from bkd.models import autocast, training_dtype
 from bkd.recipe.schema import Method, Train
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
@@ -44,6 +45,7 @@ class TrainingMemory:
         average: The averaged weights.
         activations: What one pass keeps for its backward pass, teacher features included.
         parameters: Of the student.
+        teacher_parameters: Of the teacher.
     """
 
     teacher: int
@@ -53,6 +55,7 @@ class TrainingMemory:
     average: int
     activations: int
     parameters: int
+    teacher_parameters: int
 
     def parts(self) -> dict[str, int]:
         """Name -> bytes."""
@@ -81,13 +84,13 @@ def training_memory(
         method: What is learned.
         world_size: Processes; shards are counted for one of them.
     """
-    split = world_size if train.parallel == "fsdp2" else 1
-    teacher = sum(p.numel() for p in build_empty(dict(config)).parameters())
-    student = sum(p.numel() for p in build_empty(dict(config), plan).parameters())
-    images = train.batch // (train.grad_accum * world_size)
+    split = world_size if shards_networks(train.parallel) else 1
+    empty_teacher, empty_student = build_empty(dict(config)), build_empty(dict(config), plan)
+    teacher, student = empty_teacher.num_parameters(), empty_student.num_parameters()
+    images = max(1, train.batch // (train.grad_accum * world_size))
     pairs = plan.feature_pairs[method.sites] if method.loss.feature_kd else ()
-    kept = activation_bytes(build_empty(dict(config), plan), train, max(1, images))
-    features = feature_bytes(build_empty(dict(config)), [pair.teacher for pair in pairs], train, max(1, images))
+    kept = activation_bytes(empty_student, train, images)
+    features = feature_bytes(empty_teacher, [pair.teacher for pair in pairs], train, images)
     size = training_dtype(train.mixed_precision).itemsize
     return TrainingMemory(
         teacher=size * teacher // split,
@@ -97,6 +100,7 @@ def training_memory(
         average=(4 * student // split) if train.ema else 0,
         activations=kept + features,
         parameters=student,
+        teacher_parameters=teacher,
     )
 
 
@@ -122,7 +126,8 @@ def activation_bytes(student: UNet2DConditionModel, train: Train, images: int) -
             student.enable_gradient_checkpointing()
         inputs = _inputs(student, images)
         weights = {parameter.untyped_storage()._cdata for parameter in student.parameters()}
-        with saved_tensors_hooks(count, lambda tensor: tensor), _autocast(train):
+        dtype = training_dtype(train.mixed_precision)
+        with saved_tensors_hooks(count, lambda tensor: tensor), autocast(dtype, torch.device("cpu")):
             output = student(**inputs).sample.float().square().mean()
         del output
     return sum(size for storage, size in kept.items() if storage not in weights)
@@ -156,11 +161,6 @@ def _inputs(unet: UNet2DConditionModel, images: int) -> dict[str, Any]:
     one = unet_inputs(unet.config, side=unet.config.sample_size, num_tokens=77, seed=None)
     many = {name: torch.zeros((images, *tensor.shape[1:]), dtype=tensor.dtype) for name, tensor in one.items()}
     return as_arguments(many)
-
-
-def _autocast(train: Train) -> torch.autocast:
-    dtype = training_dtype(train.mixed_precision)
-    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
 
 def device_memory(device: torch.device) -> int:

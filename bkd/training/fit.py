@@ -16,14 +16,14 @@ from bkd.data.order import other_places, share
 from bkd.errors import DataError, TrainingError
 from bkd.losses import LossTerms
 from bkd.methods.base import Method, map_tensors
-from bkd.models import training_dtype
+from bkd.models import autocast, training_dtype
 from bkd.recipe.schema import Train
 from bkd.rng import StepRng
 from bkd.training.average import Average
 from bkd.training.checkpoint import Checkpoint, Checkpoints
 from bkd.training.journal import Journal, StepReport
 from bkd.training.optimizer import GuardedOptimizer, learning_rate
-from bkd.training.parallel import Parallel, own, split_like, whole
+from bkd.training.parallel import Parallel, own, split_like
 from bkd.training.stop import Interrupted, StopSignal
 
 PASSES_AHEAD = 4
@@ -79,6 +79,7 @@ class Fit:
         require_enough(len(data), train.batch, data.name)
         self._method, self._data, self._train, self._seed = method, data, train, seed
         self._order, self._mirror = data.order(seed), mirror
+        self._dtype = training_dtype(train.mixed_precision)
         self._checkpoints, self._parallel, self._events = checkpoints, parallel, events or Events()
         if train.gradient_checkpointing:
             method.trainable.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -130,7 +131,7 @@ class Fit:
 
     def average_in_full(self) -> dict[str, Tensor] | None:
         """The averaged weights by name, on the CPU; None on all processes but the main one, which all must ask."""
-        weights = {name: self._in_full(tensor) for name, tensor in self._average.tensors.items()}
+        weights = {name: self._parallel.collected(tensor) for name, tensor in self._average.tensors.items()}
         return weights if self._parallel.is_main else None
 
     def update(self, step: int, batches: Iterator[Any]) -> None:
@@ -147,7 +148,7 @@ class Fit:
                 drawn = map_tensors(next(batches), self._to_device)
                 last = number == self._train.grad_accum - 1
                 with self._parallel.gathering(self._wrapped, last=last):
-                    with self._autocast():
+                    with autocast(self._dtype, self._parallel.device):
                         terms = self._method.loss(drawn)
                     self._optimizer.backward(terms.total / self._train.grad_accum)
                 passes.append(terms)
@@ -157,7 +158,7 @@ class Fit:
 
     def _freeze_unreached(self) -> None:
         """Parameters that no loss term depends on do not train, and their optimizer does not decay them."""
-        with self._method.watching(), self._autocast():
+        with self._method.watching(), autocast(self._dtype, self._parallel.device):
             terms = self._method.loss(map_tensors(self._draw((0, 0)), self._to_device))
         terms.total.backward()  # type: ignore[no-untyped-call]
         for parameter in self._method.trainable.parameters():
@@ -222,25 +223,16 @@ class Fit:
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._parallel.device, non_blocking=True)
 
-    def _autocast(self) -> torch.autocast:
-        dtype = training_dtype(self._train.mixed_precision)
-        return torch.autocast(self._parallel.device.type, dtype, enabled=dtype != torch.float32)
-
     def _save(self, step: int) -> None:
         checkpoint = Checkpoint(
             step=step,
-            trainable={name: self._in_full(parameter) for name, parameter in self._parameters.items()},
+            trainable={name: self._parallel.collected(parameter) for name, parameter in self._parameters.items()},
             ema=(self.average_in_full() or {}) if self._train.ema else {},
             optimizer=self._optimizer.state(),
             scaler=self._optimizer.scaler_state(),
         )
         if self._parallel.is_main:
             self._checkpoints.save(checkpoint)
-
-    def _in_full(self, tensor: Tensor) -> Tensor:
-        """A whole tensor to be saved; only the main process keeps it."""
-        full = whole(tensor)
-        return full.cpu() if self._parallel.is_main else full.new_empty(0)
 
     def _resume(self) -> int:
         newest = self._checkpoints.newest() if self._parallel.is_main else None

@@ -6,6 +6,7 @@ together, averaged over the processes by one exchange.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,20 +113,16 @@ class Journal:
         count = len(row.parts)
         parts = dict(zip(row.parts, values[:count], strict=True))
         sites = dict(zip(row.sites, values[count:-1], strict=True))
-        trouble = "" if _is_finite(norm) else _trouble(parts, sites, row.gradient)
+        trouble = "" if math.isfinite(norm) else _trouble(parts, sites, row.gradient)
         return StepReport(row.step, self._max_steps, parts, sites, values[-1], row.lr, norm, seconds, trouble)
 
 
 def _trouble(parts: Mapping[str, float], sites: Mapping[str, float], gradient: Gradient) -> str:
     """Which terms and sites are not finite, or else which parameters' gradients."""
-    terms = [name for name, value in parts.items() if not _is_finite(value)]
-    at = [name for name, value in sites.items() if not _is_finite(value)]
+    terms = [name for name, value in parts.items() if not math.isfinite(value)]
+    at = [name for name, value in sites.items() if not math.isfinite(value)]
     if terms:
         return ", ".join(terms) + (f" at {', '.join(at)}" if at else "") + " not finite"
-    bad = [name for name, norm in zip(gradient.names, gradient.norms.tolist(), strict=True) if not _is_finite(norm)]
+    bad = [name for name, norm in zip(gradient.names, gradient.norms.tolist(), strict=True) if not math.isfinite(norm)]
     more = f" and {len(bad) - 1} more parameters" if len(bad) > 1 else ""
     return f"the gradient of {bad[0]}{more} not finite" if bad else "the gradient's norm not finite"
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from bkd.errors import EnvironmentProblem
 from bkd.recipe.schema import Train
-from bkd.training.parallel import Parallel, own, shards_like, split_like, whole
+from bkd.training.parallel import Parallel, own, shards_like, split_like
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -102,12 +102,18 @@ class GuardedOptimizer:
             self._optimizer.step()
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Parameter name -> its state, tensors in full; of shards, all processes must ask together."""
+        """Parameter name -> its state, tensors in full on the main process; all processes must ask together."""
         return {
-            name: {key: _gathered(value, part, self._parameters[name]) for key, value in state.items()}
+            name: {key: self._in_full(value, name) for key, value in state.items()}
             for name, part in self._parts.items()
             if (state := self._optimizer.state.get(part))
         }
+
+    def _in_full(self, value: Any, name: str) -> Any:
+        """One with the shape of the part belongs to it; anything else is small and the same everywhere."""
+        if not isinstance(value, Tensor) or value.shape != self._parts[name].shape:
+            return value
+        return self._parallel.collected(shards_like(value, self._parameters[name]))
 
     def scaler_state(self) -> dict[str, Any]:
         return self._scaler.state_dict() if self._scaler is not None else {}
@@ -130,14 +136,8 @@ def _part_here(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(own(parameter)) if isinstance(parameter, DTensor) else parameter
 
 
-def _gathered(value: Any, part: Tensor, parameter: Tensor) -> Any:
-    """A state in full: one with the shape of the part belongs to it, anything else is small and the same everywhere."""
-    same_shape = isinstance(value, Tensor) and value.shape == part.shape
-    return whole(shards_like(value, parameter)) if same_shape else value
-
-
 def _placed(value: Any, parameter: Tensor) -> Any:
-    """The opposite of `_gathered`."""
+    """A state as its parameter lies: one of its shape is split like it."""
     same_shape = isinstance(value, Tensor) and value.shape == parameter.shape
     return own(split_like(value, parameter)) if same_shape else value
 

@@ -5,7 +5,6 @@ Everything else in training is written once, for whole tensors of named paramete
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bkd.environment import Place, process_place
+from bkd.environment import Place, process_place, shards_networks
 from bkd.models import best_device
 
 Kind = Literal["alone", "ddp", "fsdp2"]
@@ -99,6 +98,16 @@ class Parallel:
             dist.all_reduce(values)
         return values
 
+    def collected(self, tensor: Tensor) -> Tensor:
+        """A tensor in full, on the CPU of the main process; nothing on the others, which must ask together with it.
+
+        One at a time: together they may not fit a device.
+        """
+        full: Tensor = tensor.detach()
+        if isinstance(full, DTensor):
+            full = full.full_tensor()
+        return full.cpu() if self.is_main else full.new_empty(0)
+
     def agree(self, value: int) -> int:
         """The main process's value, for all."""
         if self.kind == "alone":
@@ -112,20 +121,13 @@ def start_parallel(wish: Literal["auto", "ddp", "fsdp2"]) -> Parallel:
     """Meet the other processes that `accelerate launch`, `torchrun` or `srun` started; alone there is nothing to do.
 
     Args:
-        wish: `auto` is FSDP2 where `accelerate launch` was given an FSDP configuration, else DDP.
+        wish: As in the recipe; see `shards_networks`.
     """
     device, place = best_device(), process_place()
     if place.world_size == 1 and wish != "fsdp2":
         return Parallel("alone", place, device)
     PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return Parallel("fsdp2" if wish == "fsdp2" or (wish == "auto" and asked) else "ddp", place, device)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor in full, without gradient; of shards, all processes must ask for it together."""
-    full: Tensor = tensor.detach()
-    return full.full_tensor() if isinstance(full, DTensor) else full
+    return Parallel("fsdp2" if shards_networks(wish) else "ddp", place, device)
 
 
 def own(tensor: Tensor) -> Tensor:
