@@ -264,10 +264,11 @@ class Fit:
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile`, but modules with hooks never share code with modules of other hooks.
 
-    By default they do, and the hooks are then left out without a word.
+    By default they do, and the hooks are then left out without a word. Convolutions keep the memory format that
+    `train.channels_last` chose; the compiler's own choice is the slower one on a CPU.
     """
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-    return torch.compile(forward)
+    return torch.compile(forward, options={"layout_optimization": False})
 
 
 def require_enough(num_samples: int, batch: int, name: object) -> None:
