@@ -258,10 +258,10 @@ def overhead(setting: Setting) -> None:
 def sizes(setting: Setting) -> None:
     """Step time, in the fastest round, and peak memory of a fresh process as the data set grows."""
     print("\n| samples | s a step at best | peak of the process |\n|---|---|---|")
-    for thousands in (1, 10, 100, 1000):
-        arguments = [sys.executable, __file__, "--samples", str(thousands * 1000), "--batches", str(setting.batch)]
+    for num_samples in (1_000, 10_000, 100_000, 1_000_000):
+        arguments = [sys.executable, __file__, "--samples", str(num_samples), "--batches", str(setting.batch)]
         seconds, peak = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split()[-2:]
-        print(f"| {thousands},000 | {float(seconds):.4f} | {int(peak) / 2**20:,.0f} MiB |")
+        print(f"| {num_samples:,} | {float(seconds):.4f} | {int(peak) / 2**20:,.0f} MiB |")
 
 
 def one_size(setting: Setting, num_samples: int) -> None:
