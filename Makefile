@@ -53,7 +53,7 @@ gates: $(INSTALLED)  ## measure the embedded world and its teacher on 1,000 prom
 	$(VENV)/bin/python tools/check_shapes_gates.py
 
 test: $(INSTALLED)  ## run the tests, offline
-	$(VENV)/bin/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow'
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(VENV)/bin/python -m pytest -m slow

@@ -65,7 +65,10 @@ def load_pipeline(
 
 def describe_device(device: torch.device) -> str:
     """Its name, for records and tables."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def training_dtype(mixed_precision: str) -> torch.dtype:

@@ -26,12 +26,15 @@ from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder, is_trained
 from bkd.stage import Job, Listener, StageRun, student_folder
+from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.sites import check_pairs
 from bkd.surgery.unet import plan_removal
+from bkd.training.checkpoint import newest_shapes, require_fitting
 from bkd.training.fit import require_enough
 from bkd.training.parallel import Parallel, start_parallel
 from bkd.training.stop import Interrupted, StopSignal
+from bkd.training.tracking import require_trackers
 
 
 def _cache(recipe: Recipe) -> Path:
@@ -69,6 +72,7 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
             allowed="no, bf16",
             remedy="train.mixed_precision=no",
         )
+    require_trackers(recipe.train.trackers)
     share(recipe.train.batch, parts=recipe.train.grad_accum * process_place().world_size, part=0)
     config = unet_config(teacher)
     plans = tuple(plan_removal(config, stage.student.blocks) for stage in recipe.stages)
@@ -115,6 +119,27 @@ def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
     if caching.num_samples is not None:
         require_enough(caching.num_samples, recipe.train.batch, recipe.data.shards)
     return Inputs(teacher, plans, caching)
+
+
+def check_forced(path: Path, recipe: Recipe, inputs: Inputs) -> None:
+    """Of a run that is forced to go on: its weights must fit the students, before anything in its folder changes.
+
+    Args:
+        path: The run folder, which need not exist.
+        recipe: As validated.
+        inputs: As `check_inputs` returned them.
+
+    Raises:
+        TrainingError: If a checkpoint is of another student.
+    """
+    config = unet_config(inputs.teacher)
+    for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
+        folder, loss = RunFolder(path).checkpoints(number), stage.method.loss
+        theirs, all_train = newest_shapes(folder), bool(loss.task or loss.output_kd)
+        if theirs:
+            parameters = build_empty(config, plan).named_parameters()
+            ours = {name: tuple(p.shape) for name, p in parameters if all_train or name in theirs}
+            require_fitting(theirs, ours, folder)
 
 
 def _check_trainable(recipe: Recipe, teacher: Path) -> None:

@@ -187,12 +187,13 @@ def _require_same_recipe(run: RunFolder, recipe: Recipe, *, force: bool) -> None
         before["train.max_steps"] = now["train.max_steps"]  # more of the same; other schedules depend on the end
     changed = _differences(before, now)
     finished = is_trained(run.student, written.train.max_steps)
+    longer = "" if recipe.train.lr_schedule == "constant" else " (only runs with a constant schedule may grow)"
     if changed and finished:
         raise OutputError(
             "this folder holds a finished run with other settings",
             where=run.path,
             got="; ".join(changed),
-            remedy="choose another -o, or add --overwrite to start again",
+            remedy=f"choose another -o, or add --overwrite to start again{longer}",
         )
     if changed and not force:
         raise OutputError(

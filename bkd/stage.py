@@ -95,7 +95,8 @@ class StageRun:
     def train(self) -> None:
         """To the last step, and leave a student folder."""
         job = self._job
-        job.listener.phase(f"training {job.recipe.stages[self._number].student.blocks}")
+        blocks = job.recipe.stages[self._number].student.blocks
+        job.listener.phase(f"training {blocks} on {job.parallel}")
         method = build_method(job.recipe, self._number, self._plan, self._pipe, job.teacher, self._device)
         if job.parallel.is_main and job.parallel.kind == "fsdp2":
             self._pictures.draw_teacher()  # in shards it could draw only with all processes together

@@ -4,6 +4,7 @@ import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)  # of a terminal, or of pytest-xdist; output is compared as it goes to a file
 
 from pathlib import Path
 

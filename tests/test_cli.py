@@ -124,6 +124,10 @@ def test_constant_schedules_may_grow_and_forced_runs_may_change(bkd, shards, tmp
     longer = command(tmp_path / "grown", shards, *settings, "train.max_steps=7", "train.lr=1e-5")[3:]
     code, printed = bkd(*longer)
     assert code == 1 and "--force continues with the new settings" in printed
+    before = {path: path.read_bytes() for path in (tmp_path / "grown").rglob("*") if path.is_file()}
+    code, printed = bkd(*longer, "--force", "stages.0.student.blocks=sd-small")
+    assert code == 1 and "do not fit this student" in printed
+    assert {path: path.read_bytes() for path in (tmp_path / "grown").rglob("*") if path.is_file()} == before
     code, printed = bkd(*longer, "--force")
     assert code == 0 and "continuing after step 6" in printed
 

@@ -66,6 +66,7 @@ def test_shards_and_passes_divide_what_a_process_holds():
     sharded = training_memory(SMALL_SD1, plan, Train(batch=8, parallel="fsdp2"), method, world_size=2)
     split = training_memory(SMALL_SD1, plan, Train(batch=8, grad_accum=2), method)
     assert sharded.student == whole.student // 2 and sharded.teacher == whole.teacher // 2
+    assert sharded.checkpoint == whole.checkpoint and sharded.student_file == whole.student_file
     assert split.student == whole.student and split.activations == sharded.activations < 0.7 * whole.activations
 
 

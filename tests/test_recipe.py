@@ -65,7 +65,8 @@ stages:
         "  tran: unknown key; did you mean 'train'? (got 1)",
         "  train.ema: should lie between 0 and 1 (got 2)",
         "  stages.0.student.blocks: unknown preset 'sd-smal'; did you mean 'sd-small'? "
-        "(allowed: sd-small, bk-small, sd-tiny, koala-1b, koala-700m, none, bk-base, bk-tiny, units)",
+        "(allowed: sd-small, bk-small, sd-tiny, koala-1b, koala-700m, none, bk-base, bk-tiny, "
+        "or units of `bkd inspect`)",
     ]
 
 

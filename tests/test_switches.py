@@ -17,6 +17,7 @@ from bkd.rng import StepRng
 from bkd.surgery.plan import FeaturePair
 from bkd.surgery.sites import check_pairs
 from bkd.surgery.unet import plan_removal
+from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import running_out_of_memory
 from tests.test_data import cached
 from tests.training import fit, kd, loss_of, one_batch
@@ -85,7 +86,7 @@ def test_switches_that_save_memory_or_time_train_the_same(trained, teacher, sett
 def traced(monkeypatch):
     """Compiled without code generation, which takes minutes: hooks and graphs are what could go wrong."""
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_(module, backend="aot_eager"))
     torch.compiler.reset()
 
 
@@ -160,11 +161,12 @@ def test_the_term_and_the_site_are_named_and_too_many_end_the_run(teacher, teach
     before = method.trainable.conv_in.weight.detach().clone()
     method.trainable.up_blocks[1].register_forward_hook(lambda module, inputs, output: output * math.inf)
     with pytest.raises(TrainingError) as refused:
-        fit(method, data, tmp_path, max_steps=50, max_skipped_steps=3)
+        fit(method, data, tmp_path, max_steps=50, max_skipped_steps=3, checkpoint_every=1)
     message = str(refused.value)
     assert "task_loss, output_kd_loss, feature_kd_loss at up_blocks.1, up_blocks.2 not finite" in message
     assert "3 steps in a row" in message and "--force" in message
     assert torch.equal(method.trainable.conv_in.weight, before)
+    assert Checkpoints(tmp_path).newest() is None  # the weights may be what is wrong
 
 
 def test_a_gradient_alone_that_is_not_finite_names_its_parameters(teacher, teacher_folder, data, tmp_path):

@@ -10,6 +10,7 @@ from bkd.cli import evaluate, models, ship, train
 from bkd.cli.bench import bench
 from bkd.cli.console import print_error
 from bkd.cli.data import data
+from bkd.environment import process_place
 from bkd.errors import BkdError
 
 app = typer.Typer(
@@ -40,5 +41,6 @@ def main() -> None:
     try:
         app()
     except (BkdError, OSError) as error:  # a full disk or a forbidden folder is the user's to mend, too
-        print_error(str(error))
+        rank = process_place().rank  # others have mostly met what the first one says in full
+        print_error(str(error) if rank == 0 else f"process {rank}: {str(error).splitlines()[0]}")
         sys.exit(1)

@@ -24,6 +24,7 @@ def train_(
     prepare()
     from bkd.bench import bench_train
     from bkd.cli.cost_view import estimated, gib, show_advice
+    from bkd.models import best_device
     from bkd.run import check_teacher
 
     teacher, plans = check_teacher(parsed)
@@ -36,5 +37,6 @@ def train_(
     console.print(
         f"{hours:,.2f} hours for {parsed.train.max_steps:,} steps; reading data, checkpoints and pictures are not in it"
     )
-    console.print(f"peak memory: {gib(speed.peak_bytes)} GiB")
+    whose = "on the device" if best_device().type == "cuda" else "of the process"
+    console.print(f"peak memory {whose}: {gib(speed.peak_bytes)} GiB")
     show_advice(recipe, parsed, estimated(parsed, 0, teacher, plans[0]))

@@ -26,12 +26,12 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
         memory = estimated(recipe, number, inputs.teacher, plan)
         console.print(f"{stage.student.blocks}: {memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters")
         rows = [[part, gib(size)] for part, size in memory.parts().items()]
-        console.print("memory of a step, at most; `bkd bench train` measures it with all that comes on top:")
+        console.print("memory of a step's tensors; `bkd bench train` measures it with all that comes on top:")
         console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))
         _show_work(recipe, inputs.caching.num_samples)
         kept = recipe.train.keep_checkpoints + 1  # one more while the next is written
         console.print(
-            f"disk: {kept} checkpoints of {gib(memory.checkpoint)} GiB, student {gib(memory.student)} GiB + the "
+            f"disk: {kept} checkpoints of {gib(memory.checkpoint)} GiB, student {gib(memory.student_file)} GiB + the "
             "teacher's other parts"
         )
         show_advice(name, recipe, memory)

@@ -42,7 +42,7 @@ def train(
     folder = output or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
     if dry_run:
         _show(recipe, parsed)
-    elif _already_done(folder, parsed, overwrite, force):
+    elif not overwrite and not force and _already_done(folder, parsed):
         console.print(f"already done: {folder / 'student'}")
     else:
         _train(recipe, folder, parsed, overwrite, force)
@@ -59,12 +59,12 @@ def _show(name: str, recipe: Recipe) -> None:
     show_plan(name, recipe, inputs)
 
 
-def _already_done(folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> bool:
+def _already_done(folder: Path, recipe: Recipe) -> bool:
     """Answered without loading torch, for a finished run."""
     from bkd.run_folder import RunFolder, open_run
 
     finished = RunFolder(folder).facts_file.is_file() and RunFolder(folder).facts().get("status") == "done"
-    return finished and not overwrite and open_run(folder, recipe, force=force)[1] == "done"
+    return finished and open_run(folder, recipe)[1] == "done"
 
 
 def _train(name: str, folder: Path, recipe: Recipe, overwrite: bool, force: bool) -> None:
@@ -90,7 +90,7 @@ def _train_in(
 ) -> Path:
     from bkd.cli.cost_view import estimated, show_advice
     from bkd.data.remote import shown
-    from bkd.run import check_inputs, run_recipe
+    from bkd.run import check_forced, check_inputs, run_recipe
     from bkd.run_folder import RunFolder, open_run
     from bkd.run_lock import hold_run
     from bkd.stage import Listener
@@ -102,6 +102,8 @@ def _train_in(
     with ExitStack() as held:
         if process_place().rank == 0:
             show_advice(name, recipe, estimated(recipe, 0, inputs.teacher, inputs.plans[0]))
+            if force and not overwrite:
+                check_forced(folder, recipe, inputs)
             run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)
             held.enter_context(hold_run(folder))
             run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))

@@ -260,7 +260,8 @@ def _range_problems(raw: Mapping[str, Any]) -> list[str]:
         if name == "stages.student.blocks" and isinstance(value, str):
             for word in filter(is_unknown_name, split_list(value)):
                 near = suggest(word, PRESET_NAMES)
-                problems.append(f"{key}: unknown preset '{word}'{near} (allowed: {', '.join(PRESET_NAMES)}, units)")
+                known = ", ".join(PRESET_NAMES)
+                problems.append(f"{key}: unknown preset '{word}'{near} (allowed: {known}, or units of `bkd inspect`)")
     return problems
 
 

@@ -13,16 +13,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bkd.errors import OutputError
+from bkd.errors import OutputError, TrainingError
 from bkd.files import file_digest
 
 MANIFEST = "manifest.json"
@@ -176,6 +177,34 @@ class Checkpoints:
                 allowed="; ".join(f"{name} {self._identity[name]}" for name in differing),
                 remedy="choose another -o, or add --force to continue from these weights all the same",
             )
+
+
+def newest_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape in the newest checkpoint of a stage, whether it is damaged or not; empty without one."""
+    for path in sorted(folder.glob(f"[0-9]*/{TRAINABLE}"), reverse=True):
+        with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+    return {}
+
+
+def require_fitting(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Refuse a checkpoint whose weights are those of another student; `--force` may lead here.
+
+    Args:
+        theirs: Parameter name -> shape in the checkpoint.
+        ours: The same of the student.
+        where: To find the checkpoint.
+
+    Raises:
+        TrainingError: Naming one that differs.
+    """
+    if differing := [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]:
+        raise TrainingError(
+            "the checkpoint's weights do not fit this student",
+            where=where,
+            got=f"{len(differing)} tensors differ, such as {min(differing)}",
+            remedy="give the student the blocks it had, or --overwrite to start again",
+        )
 
 
 def _problem(folder: Path) -> str | None:

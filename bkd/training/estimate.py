@@ -46,6 +46,7 @@ class TrainingMemory:
         activations: What one pass keeps for its backward pass, teacher features included.
         parameters: Of the student.
         teacher_parameters: Of the teacher.
+        num_shards: Processes that hold a part of the networks each; 1 where they are copies.
     """
 
     teacher: int
@@ -56,6 +57,7 @@ class TrainingMemory:
     activations: int
     parameters: int
     teacher_parameters: int
+    num_shards: int
 
     def parts(self) -> dict[str, int]:
         """Name -> bytes."""
@@ -69,7 +71,12 @@ class TrainingMemory:
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint on the disk."""
-        return self.student + self.optimizer + self.average
+        return (self.student + self.optimizer + self.average) * self.num_shards
+
+    @property
+    def student_file(self) -> int:
+        """Bytes of the trained UNet on the disk."""
+        return self.student * self.num_shards
 
 
 def training_memory(
@@ -101,6 +108,7 @@ def training_memory(
         activations=kept + features,
         parameters=student,
         teacher_parameters=teacher,
+        num_shards=split,
     )
 
 

@@ -20,7 +20,7 @@ from bkd.models import autocast, training_dtype
 from bkd.recipe.schema import Train
 from bkd.rng import StepRng
 from bkd.training.average import Average
-from bkd.training.checkpoint import Checkpoint, Checkpoints
+from bkd.training.checkpoint import Checkpoint, Checkpoints, require_fitting
 from bkd.training.journal import Journal, StepReport
 from bkd.training.optimizer import GuardedOptimizer, learning_rate
 from bkd.training.parallel import Parallel, own, split_like
@@ -183,7 +183,9 @@ class Fit:
             self._count_skipped(report)
         if train.samples_every and done % train.samples_every == 0:
             self._events.samples(done)
-        if done % train.checkpoint_every == 0 or done == train.max_steps or stopping:
+        # Among skipped steps the weights may be what is wrong: the checkpoints from before them are kept.
+        due = done % train.checkpoint_every == 0 and not self._skipped_in_a_row
+        if due or done == train.max_steps or stopping:
             self._save(done)
         if stopping and done < train.max_steps:
             raise Interrupted
@@ -198,7 +200,7 @@ class Fit:
                 where=f"step {report.step}",
                 got=f"{self._skipped_in_a_row} steps in a row",
                 remedy="lower train.lr, raise train.warmup_steps or train in bf16; with --force the run goes on with"
-                " other settings from its newest checkpoint, which is good",
+                " other settings from its newest checkpoint, which is from before these steps, or from the start",
             )
 
     def batches(self, first: int) -> Generator[Any, None, None]:
@@ -240,25 +242,15 @@ class Fit:
         if not step:
             return 0
         found = self._checkpoints.load(step)
-        self._require_fitting(found)
+        theirs = {name: tuple(tensor.shape) for name, tensor in found.trainable.items()}
+        ours = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        require_fitting(theirs, ours, f"step {step}")
         with torch.no_grad():
             for tensors, saved in ((self._parameters, found.trainable), (self._average.tensors, found.ema)):
                 for name in saved:
                     own(tensors[name]).copy_(own(split_like(saved[name], tensors[name])))
         self._optimizer.load(found.optimizer, found.scaler)
         return step
-
-    def _require_fitting(self, found: Checkpoint) -> None:
-        """Of a forced run, weights may be those of another student."""
-        theirs = {name: tuple(tensor.shape) for name, tensor in found.trainable.items()}
-        ours = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        if differing := [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]:
-            raise TrainingError(
-                "the checkpoint's weights do not fit this student",
-                where=f"step {found.step}",
-                got=f"{len(differing)} tensors differ, such as {min(differing)}",
-                remedy="give the student the blocks it had, or --overwrite to start again",
-            )
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:

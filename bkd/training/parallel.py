@@ -42,6 +42,10 @@ class Parallel:
     place: Place
     device: torch.device
 
+    def __str__(self) -> str:
+        size = self.place.world_size
+        return f"{size} process{'es' if size > 1 else ''}" + ("" if self.kind == "alone" else f" ({self.kind})")
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and reports."""

@@ -64,6 +64,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def require_trackers(names: Collection[str]) -> None:
+    """Refuse those that are not installed, but for `tensorboard`, which is then left out.
+
+    Raises:
+        EnvironmentProblem: If `wandb` is wanted and not installed.
+    """
+    if "wandb" in names and not installed_version("wandb"):
+        raise EnvironmentProblem(
+            "wandb is not installed",
+            where="train.trackers",
+            remedy="pip install wandb, or train.trackers='[tensorboard]'",
+        )
+
+
 class Trackers:
     """TensorBoard and Weights & Biases, open for as long as the context lasts.
 
@@ -71,18 +85,11 @@ class Trackers:
         names: Those wanted; `tensorboard` is left out where it is not installed.
         run: The run folder; TensorBoard writes into its `tensorboard/`.
         is_main: Whether this process logs.
-
-    Raises:
-        EnvironmentProblem: If `wandb` is wanted and not installed.
     """
 
     def __init__(self, names: Collection[str], run: Path, is_main: bool) -> None:
         self._run = run
         self._names = [name for name in names if is_main and (name != "tensorboard" or installed_version(name))]
-        if "wandb" in self._names and not installed_version("wandb"):
-            raise EnvironmentProblem(
-                "wandb is not installed", where="train.trackers", remedy="pip install wandb, or train.trackers=[]"
-            )
         self._open: list[Any] = []
 
     def __enter__(self) -> Trackers:
