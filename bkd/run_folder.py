@@ -183,17 +183,18 @@ def _start(run: RunFolder, recipe: Recipe) -> None:
 def _require_same_recipe(run: RunFolder, recipe: Recipe, *, force: bool) -> None:
     written = run.recipe()
     before, now = result_keys(written), result_keys(recipe)
-    if recipe.train.lr_schedule == "constant" and recipe.train.max_steps > written.train.max_steps:
+    grows, constant = recipe.train.max_steps > written.train.max_steps, recipe.train.lr_schedule == "constant"
+    if grows and constant:
         before["train.max_steps"] = now["train.max_steps"]  # more of the same; other schedules depend on the end
     changed = _differences(before, now)
     finished = is_trained(run.student, written.train.max_steps)
-    longer = "" if recipe.train.lr_schedule == "constant" else " (only runs with a constant schedule may grow)"
+    why = "; only runs with a constant schedule may grow" if grows and not constant else ""
     if changed and finished:
         raise OutputError(
             "this folder holds a finished run with other settings",
             where=run.path,
             got="; ".join(changed),
-            remedy=f"choose another -o, or add --overwrite to start again{longer}",
+            remedy=f"choose another -o, or add --overwrite to start again{why}",
         )
     if changed and not force:
         raise OutputError(

@@ -93,7 +93,7 @@ class Checkpoints:
             _sync(self._folder)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            steps = [int(path.name) for path in self._found()]
+            steps = [int(path.name) for path in _in(self._folder)]
             raise OutputError(
                 "the checkpoint could not be written",
                 where=final,
@@ -101,7 +101,7 @@ class Checkpoints:
                 remedy="make room and run the same command: it continues "
                 + (f"after step {steps[-1]}" if steps else "from the start"),
             ) from error
-        for old in self._found()[: -self._keep]:
+        for old in _in(self._folder)[: -self._keep]:
             self._discard(old)
 
     def newest(self) -> int | None:
@@ -110,7 +110,7 @@ class Checkpoints:
         Raises:
             OutputError: If there are checkpoints and none is valid, or the newest valid one belongs to something else.
         """
-        found = self._found()
+        found = _in(self._folder)
         for folder in reversed(found):
             problem = _problem(folder)
             if problem is None:
@@ -156,9 +156,6 @@ class Checkpoints:
         for path in (*folder.iterdir(), folder):
             _sync(path)
 
-    def _found(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("*") if path.name.isdigit() and path.is_dir())
-
     def _discard(self, folder: Path) -> None:
         """Under another name first: a kill halfway must not leave something that looks like a checkpoint."""
         doomed = folder.with_name(f"{folder.name}.removed{UNFINISHED}")
@@ -179,10 +176,15 @@ class Checkpoints:
             )
 
 
+def _in(folder: Path) -> list[Path]:
+    """A stage's checkpoints, the newest last, whether they are damaged or not."""
+    return sorted(path for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+
+
 def newest_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Parameter name -> shape in the newest checkpoint of a stage, whether it is damaged or not; empty without one."""
-    for path in sorted(folder.glob(f"[0-9]*/{TRAINABLE}"), reverse=True):
-        with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+    for checkpoint in reversed(_in(folder)):
+        with suppress(OSError, SafetensorError), safe_open(checkpoint / TRAINABLE, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
     return {}
 
