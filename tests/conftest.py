@@ -1,10 +1,8 @@
 """Offline and on the CPU; what several tests share."""
 
-import logging
 import os
 import sys
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its words on import would come after pytest's last line
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("COLUMNS", None)  # of a terminal, or of pytest-xdist; output is compared as it goes to a file
 
