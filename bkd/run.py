@@ -134,9 +134,8 @@ def check_forced(path: Path, recipe: Recipe, inputs: Inputs) -> None:
     """
     config = unet_config(inputs.teacher)
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
-        folder, loss = RunFolder(path).checkpoints(number), stage.method.loss
-        theirs, all_train = newest_shapes(folder), bool(loss.task or loss.output_kd)
-        if theirs:
+        folder, all_train = RunFolder(path).checkpoints(number), stage.method.loss.reaches_all
+        if theirs := newest_shapes(folder):
             parameters = build_empty(config, plan).named_parameters()
             ours = {name: tuple(p.shape) for name, p in parameters if all_train or name in theirs}
             require_fitting(theirs, ours, folder)

@@ -42,7 +42,7 @@ def train(
     folder = output or Path("runs") / (Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe)
     if dry_run:
         _show(recipe, parsed)
-    elif not overwrite and not force and _already_done(folder, parsed):
+    elif not overwrite and _already_done(folder, parsed):
         console.print(f"already done: {folder / 'student'}")
     else:
         _train(recipe, folder, parsed, overwrite, force)
@@ -60,10 +60,11 @@ def _show(name: str, recipe: Recipe) -> None:
 
 
 def _already_done(folder: Path, recipe: Recipe) -> bool:
-    """Answered without loading torch, for a finished run."""
+    """Answered without loading torch, for a finished run; such a one is never forced."""
     from bkd.run_folder import RunFolder, open_run
 
-    finished = RunFolder(folder).facts_file.is_file() and RunFolder(folder).facts().get("status") == "done"
+    run = RunFolder(folder)
+    finished = run.facts_file.is_file() and run.student.exists() and run.facts().get("status") == "done"
     return finished and open_run(folder, recipe)[1] == "done"
 
 

@@ -42,7 +42,7 @@ class KnowledgeDistillation:
         self.forward: Callable[..., Any] = student
         self.forward_teacher: Callable[..., Any] = teacher
         self.needs_others = diffusion.random_conditioning
-        self.reaches_all = bool(loss.task or loss.output_kd)
+        self.reaches_all = loss.reaches_all
         self._diffusion = diffusion
         pairs = tuple(pairs) if loss.feature_kd else ()
         self._sites = [pair.student for pair in pairs]

@@ -147,6 +147,11 @@ class Loss:
     balancing: Literal["none", "teacher-power"] = "none"
     min_snr_gamma: float = 0.0
 
+    @property
+    def reaches_all(self) -> bool:
+        """Whether every parameter of a student has a gradient: features alone never reach its last layers."""
+        return bool(self.task or self.output_kd)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
