@@ -1,10 +1,12 @@
 """Offline and on the CPU; what several tests share."""
 
+import logging
 import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("COLUMNS", None)  # of a terminal, or of pytest-xdist; output is compared as it goes to a file
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by diffusers; warns about its own options
 
 from pathlib import Path
 

@@ -64,7 +64,7 @@ def _already_done(folder: Path, recipe: Recipe) -> bool:
     from bkd.run_folder import RunFolder, open_run
 
     run = RunFolder(folder)
-    finished = run.facts_file.is_file() and run.student.exists() and run.facts().get("status") == "done"
+    finished = run.facts_file.is_file() and run.facts().get("status") == "done" and run.student.exists()
     return finished and open_run(folder, recipe)[1] == "done"
 
 
