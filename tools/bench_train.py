@@ -1,6 +1,6 @@
 """Our training step beside a reference loop, taking turns in one process; what hooks cost; what many samples cost.
 
-    python tools/bench_train.py                                  # the embedded teacher
+    python tools/bench_train.py --batches 32 16 8                # the embedded teacher
     python tools/bench_train.py --model sd1 --mixed-precision bf16 --steps 5 --batches 4 8 16    # SD 1.x size, random
     python tools/bench_train.py --one-step --model sd1           # one step and its peak memory
 
@@ -225,6 +225,7 @@ def median_ratio(these: list[float], those: list[float]) -> float:
 
 
 def compare(setting: Setting) -> None:
+    torch.compiler.reset()  # code for one batch, not for any
     with ExitStack() as stack:
         sides = {
             "reference": Reference(setting),
@@ -302,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["shapes", "sd1"], default="shapes")
     parser.add_argument("--blocks", default="sd-small")
-    parser.add_argument("--batches", type=int, nargs="+", default=[32])
+    parser.add_argument("--batches", type=int, nargs="+", default=[32], help="the first one is what the other tables use")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--steps", type=int, default=2, help="in each turn")
     parser.add_argument("--one-step", action="store_true")
@@ -314,7 +315,8 @@ def main() -> None:
     elif given.samples:
         one_size(setting, given.samples)
     else:
-        compare(setting)
+        for batch in given.batches:
+            compare(replace(setting, batch=batch))
         overhead(setting)
         sizes(setting) if given.model == "shapes" else growth(setting, given.batches)
 
