@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,6 +95,12 @@ class RunFolder:
             return
         known = self.facts() if self.facts_file.is_file() else {}
         write_atomically(self.facts_file, json.dumps({**known, **facts}, indent=2) + "\n")
+
+    def identity(self) -> str:
+        """What no other run has, wherever its folder is moved; made up when first asked for."""
+        if "id" not in self.facts():
+            self.record(id=secrets.token_hex(4))
+        return str(self.facts()["id"])
 
     def require_same(self, name: str, value: object, *, force: bool = False) -> None:
         """Record a fact, or refuse when an earlier part of this run had another.

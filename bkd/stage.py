@@ -19,6 +19,7 @@ from bkd.methods.captions import caption_encoder
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.models import load_noise_schedule, place_teacher, training_dtype, use_channels_last
 from bkd.progress import Progress, silent
+from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder
 from bkd.student_folder import write_student
@@ -29,7 +30,7 @@ from bkd.training.fit import Events, Fit
 from bkd.training.journal import StepReport
 from bkd.training.parallel import Parallel
 from bkd.training.stop import StopSignal
-from bkd.training.tracking import MetricsLog, Trackers
+from bkd.training.tracking import MetricsLog, TrackedStage, Trackers
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class StageRun:
         if job.parallel.is_main and job.parallel.kind == "fsdp2":
             self._pictures.draw_teacher()  # in shards it could draw only with all processes together
         started = time.monotonic()
-        with Trackers(job.recipe.train.trackers, job.run.path, job.parallel.is_main) as self._trackers:
+        with Trackers(job.recipe.train.trackers, self._tracked()) as self._trackers:
             fit = Fit(
                 method,
                 job.data,
@@ -117,6 +118,12 @@ class StageRun:
             finally:
                 self._add_seconds(time.monotonic() - started)
         self._finish(fit)
+
+    def _tracked(self) -> TrackedStage | None:
+        job = self._job
+        if not job.parallel.is_main:
+            return None
+        return TrackedStage(job.run.path, job.run.identity(), self._number, result_keys(job.recipe))
 
     def _checkpoints(self) -> Checkpoints:
         job = self._job

@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,12 +15,13 @@ from safetensors.torch import load_file
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import EnvironmentProblem, TrainingError
 from bkd.recipe.schema import Loss, Train
+from bkd.run_folder import RunFolder
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events
 from bkd.training.journal import StepReport
 from bkd.training.optimizer import learning_rate
 from bkd.training.stop import Interrupted, StopSignal
-from bkd.training.tracking import MetricsLog, Trackers, read_metrics, require_trackers
+from bkd.training.tracking import MetricsLog, TrackedStage, Trackers, log_in, read_metrics, require_trackers
 from tests.test_data import cached
 from tests.training import fit, kd, loss_of, make_fit, one_batch, run
 
@@ -203,27 +207,70 @@ def test_zero_snr_has_a_target():
     assert schedule.target(x, noise, torch.tensor([1])).item() == -1
 
 
-def test_trackers_get_what_is_logged_and_forget_what_is_repeated(tmp_path):
+@pytest.fixture
+def tracked(tmp_path):
+    """Log four steps of a stage, stop, and continue after step 2."""
+
+    def track(names, number=0):
+        stage = TrackedStage(tmp_path, "0a1b", number, {"train.lr": 1e-3})
+        for first, value in ((0, 1.0), (2, 7.0)):
+            with Trackers(names, stage) as trackers:
+                trackers.start(first)
+                for step in range(first + 1, 5):
+                    terms = {"task_loss": value}, {"mid": value}
+                    trackers.log(StepReport(step, 5, *terms, value, 1e-3, math.nan, 0.1))
+        return tmp_path
+
+    return track
+
+
+def test_trackers_get_what_is_logged_and_forget_what_is_repeated(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def report(step, value):
-        return StepReport(step, 5, {"task_loss": value}, {"mid": value}, value, 1e-3, math.nan, 0.1)
-
-    for first, value in ((0, 1.0), (2, 7.0)):  # the second process continues after step 2
-        with Trackers(("tensorboard",), tmp_path, is_main=True) as trackers:
-            trackers.start(first)
-            for step in range(first + 1, 5):
-                trackers.log(report(step, value))
-    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"task_loss", "feature_kd_loss/mid", "total", "lr"} <= set(found.Tags()["scalars"])
-    assert [(e.step, e.value) for e in found.Scalars("task_loss")] == [(1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0)]
+    tracked(("tensorboard",))
+    folder = tracked(("tensorboard",), number=1) / "tensorboard"
+    for stage in ("00", "01"):  # each has steps of its own
+        found = EventAccumulator(str(folder / stage)).Reload()
+        assert {"task_loss", "feature_kd_loss/mid", "total", "lr"} <= set(found.Tags()["scalars"])
+        assert [(e.step, e.value) for e in found.Scalars("task_loss")] == [(1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0)]
 
 
-def test_trackers_that_are_not_installed(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_is_the_same_to_weights_and_biases(tracked, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log_in(("wandb",))
+    written = list((tracked(("wandb",)) / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(written) == 2 and {path.name for path in written} == {"run-0a1b-00.wandb"}
+    assert all(b"feature_kd_loss/mid" in path.read_bytes() for path in written)
+
+
+def test_a_key_that_is_missing_is_said_before_anything_is_done(tmp_path):
+    """In a process of its own: W&B reads its settings once."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    code = "from bkd.training.tracking import log_in; log_in(('tensorboard', 'wandb'))"
+    asked = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**known, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert asked.returncode and re.search(r"has no key(.|\n)*wandb login(.|\n)*WANDB_MODE=offline", asked.stderr)
+
+
+def test_runs_are_told_apart_wherever_their_folders_are(tmp_path):
+    one, other = (RunFolder(tmp_path / name) for name in "ab")
+    for folder in (one, other):
+        folder.path.mkdir()
+        folder.record(status="running")
+    name = one.identity()
+    assert name and name == one.identity() != other.identity()
+    one.path.rename(tmp_path / "moved")
+    assert RunFolder(tmp_path / "moved").identity() == name
+
+
+def test_trackers_that_are_not_installed(tracked, monkeypatch):
     monkeypatch.setattr("bkd.training.tracking.installed_version", lambda name: None)
-    with Trackers(("tensorboard",), tmp_path, is_main=True) as trackers:
-        trackers.start(0)
-    assert not list(tmp_path.iterdir())
+    assert not list(tracked(("tensorboard",)).iterdir())
     require_trackers(("tensorboard",))
     with pytest.raises(EnvironmentProblem, match=r"wandb is not installed(.|\n)*train\.trackers='\[tensorboard\]'"):
         require_trackers(("tensorboard", "wandb"))

@@ -303,7 +303,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["shapes", "sd1"], default="shapes")
     parser.add_argument("--blocks", default="sd-small")
-    parser.add_argument("--batches", type=int, nargs="+", default=[32], help="the first one is what the other tables use")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[32], help="the first one is what the other tables use"
+    )
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--steps", type=int, default=2, help="in each turn")
     parser.add_argument("--one-step", action="store_true")

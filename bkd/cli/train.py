@@ -95,7 +95,10 @@ def _train_in(
     from bkd.run_folder import RunFolder, open_run
     from bkd.run_lock import hold_run
     from bkd.stage import Listener
+    from bkd.training.tracking import log_in
 
+    if process_place().rank == 0:
+        log_in(recipe.train.trackers)
     view.phase("checking teacher and shards")
     inputs = check_inputs(recipe, view.update)
     listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)

@@ -210,6 +210,7 @@ EXPECTED = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "dataclass_type": "a mapping of keys",
+    "dict_type": "a mapping of keys",
 }
 
 
@@ -217,27 +218,46 @@ def _explain(problem: dict[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     key, kind, got = ".".join(location), problem["type"], problem["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys_at(location[:-1])
-        near = suggest(location[-1], known)
-        near = near.replace("mean '", "mean '" + ".".join([*location[:-1], ""])) if near else ""
-        return f"{key}: unknown key{near or '; known here: ' + ', '.join(known)} (got {got!r})"
+        return f"{key}: unknown key{_instead_of(location)} (got {got!r})"
     if kind == "literal_error":
         allowed = problem["ctx"]["expected"]
         return f"{key}: should be {allowed} (got {got!r})"
+    if kind == "missing":
+        where = ".".join(location[:-1])
+        return (
+            f"{where}: "
+            + ("too few items" if location[-1].isdigit() else f"lacks '{location[-1]}'")
+            + f" (got {got!r})"
+        )
+    if kind == "too_long":
+        return f"{key}: should have {problem['ctx']['max_length']} items (got {got!r})"
     return f"{key}: should be {EXPECTED.get(kind, problem['msg'])} (got {got!r})"
 
 
-def _keys_at(location: Sequence[str]) -> list[str]:
-    """Names of the keys allowed inside a key."""
-    here: Any = Recipe
-    for part in location:
-        if part.isdigit():
-            continue
-        hints = typing.get_type_hints(here)
-        here = hints.get(part, here)
-        if typing.get_origin(here) is tuple:
-            here = typing.get_args(here)[0]
-    return [f.name for f in dataclasses.fields(here)] if dataclasses.is_dataclass(here) else []
+def _instead_of(location: Sequence[str]) -> str:
+    """What an unknown key was meant to be: one of its name elsewhere, or a similar one in its place."""
+    *parents, word = location
+    keys = [key.rpartition(".") for key in _all_keys(Recipe)]
+    elsewhere = [f"'{place}{dot}{name}'" for place, dot, name in keys if name == word]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    here = ".".join("0" if part.isdigit() else part for part in parents)
+    known = [name for place, _, name in keys if place == here]
+    near = suggest(word, known)
+    return near.replace("mean '", "mean '" + ".".join([*parents, ""])) or "; known here: " + ", ".join(known)
+
+
+def _all_keys(settings: Any, prefix: str = "") -> list[str]:
+    """Dotted names of every section and setting; of a list of sections, those of its first."""
+    hints, keys = typing.get_type_hints(settings), []
+    for field in dataclasses.fields(settings):
+        key, hint = prefix + field.name, hints[field.name]
+        if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+            key, hint = f"{key}.0", typing.get_args(hint)[0]
+        keys.append(key.removesuffix(".0"))
+        if dataclasses.is_dataclass(hint):
+            keys += _all_keys(hint, f"{key}.")
+    return keys
 
 
 def _required_problems(raw: Mapping[str, Any]) -> list[str]:

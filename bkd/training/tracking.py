@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,18 +79,68 @@ def require_trackers(names: Collection[str]) -> None:
         )
 
 
+def log_in(names: Collection[str]) -> None:
+    """Have W&B find its key, or ask for it, before hours of other work.
+
+    Raises:
+        EnvironmentProblem: If there is no key and nobody to ask.
+    """
+    if "wandb" not in names:
+        return
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.errors.UsageError as error:
+        raise EnvironmentProblem(
+            "Weights & Biases has no key",
+            where="train.trackers",
+            got=error,
+            remedy="run `wandb login`, or set WANDB_MODE=offline, or train.trackers='[tensorboard]'",
+        ) from None
+
+
+@dataclass(frozen=True)
+class TrackedStage:
+    """A stage of a run, as trackers know it.
+
+    Attributes:
+        run: The run folder; trackers write into it.
+        run_id: What no other run has.
+        number: Of the stage, from 0; each has steps of its own.
+        settings: What W&B shows beside the curves.
+    """
+
+    run: Path
+    run_id: str
+    number: int
+    settings: Mapping[str, Any]
+
+
+def wandb_keywords(stage: TrackedStage) -> dict[str, Any]:
+    """Of `wandb.init`: a stage that goes on is the same W&B run, and the stages of a run are a group."""
+    return {
+        "id": f"{stage.run_id}-{stage.number:02d}",
+        "name": f"{stage.run.name}-{stage.number:02d}",
+        "group": f"{stage.run.name}-{stage.run_id}",
+        "config": dict(stage.settings),
+        "dir": str(stage.run),
+        "resume": "allow",
+        "settings": {"console": "off"},  # a progress bar is no log
+    }
+
+
 class Trackers:
     """TensorBoard and Weights & Biases, open for as long as the context lasts.
 
     Args:
         names: Those wanted; `tensorboard` is left out where it is not installed.
-        run: The run folder; TensorBoard writes into its `tensorboard/`.
-        is_main: Whether this process logs.
+        stage: What is trained; none on processes that do not log.
     """
 
-    def __init__(self, names: Collection[str], run: Path, is_main: bool) -> None:
-        self._run = run
-        self._names = [name for name in names if is_main and (name != "tensorboard" or installed_version(name))]
+    def __init__(self, names: Collection[str], stage: TrackedStage | None) -> None:
+        self._stage = stage
+        self._names = [name for name in names if name != "tensorboard" or installed_version(name)]
         self._open: list[Any] = []
 
     def __enter__(self) -> Trackers:
@@ -97,19 +148,23 @@ class Trackers:
 
     def start(self, step: int) -> None:
         """Begin, or continue after `step`: what was logged beyond it is dropped where the tracker can do that."""
-        if not self._names:
+        stage = self._stage
+        if stage is None or not self._names:
             return
         from accelerate import PartialState
         from accelerate.tracking import TensorBoardTracker, WandBTracker
 
         PartialState()  # trackers ask it which process they are in
         made = {
-            "tensorboard": lambda: TensorBoardTracker("tensorboard", self._run, purge_step=step + 1),
-            "wandb": lambda: WandBTracker("bkd", name=self._run.name, dir=str(self._run), resume="allow"),
+            "tensorboard": lambda: TensorBoardTracker(
+                f"tensorboard/{stage.number:02d}", stage.run, purge_step=step + 1
+            ),
+            "wandb": lambda: WandBTracker("bkd", **wandb_keywords(stage)),
         }
-        self._open = [made[name]() for name in self._names]
-        for tracker in self._open:
+        for name in self._names:
+            tracker = made[name]()
             tracker.start()
+            self._open.append(tracker)
 
     def log(self, report: StepReport) -> None:
         """A step's numbers."""
