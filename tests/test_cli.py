@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bkd import __version__
 from bkd.run_folder import RunFolder
 
 SETTINGS = ["train.batch=8", "train.max_steps=6", "train.checkpoint_every=2", "train.log_every=2"]
@@ -204,6 +205,24 @@ def test_dry_runs_write_nothing(bkd, tmp_path, monkeypatch, shards):
     code, printed = bkd("train", "shapes/sd-small", f"data.shards={shards[0].parent}", "--dry-run")
     assert code == 0 and "max_steps" in printed and "3,707,652 of 5,523,876" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_every_verb_is_described_on_its_line(bkd):
+    code, printed = bkd("--help")
+    assert code == 0 and "train    Distil a student" in printed and "..." not in printed.partition("Commands:")[2]
+
+
+def test_the_version(bkd):
+    assert bkd("--version") == (0, f"bkd {__version__}\n")
+
+
+def test_processes_after_the_first_say_in_one_line_what_stopped_them(bkd, monkeypatch):
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    code, printed = bkd("train", "shapes/sd-smal")
+    assert code == 1 and printed.splitlines() == [
+        "error: process 3: unknown recipe 'shapes/sd-smal'; did you mean 'shapes/sd-small'?"
+    ]
 
 
 def test_doctor_lists_versions(bkd):

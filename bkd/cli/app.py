@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from bkd import __version__
 from bkd.cli import evaluate, models, ship, train
 from bkd.cli.bench import bench
 from bkd.cli.console import print_error
@@ -34,6 +36,21 @@ for verb in (
     app.command(verb.__name__.rstrip("_"))(verb)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options before a verb."""
 
 
 def main() -> None:

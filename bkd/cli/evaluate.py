@@ -51,7 +51,7 @@ def eval_(
     guidance_scale: Guidance = None,
     seed: Seed = 0,
 ) -> None:
-    """Measure models side by side, on the same prompts and the same noise."""
+    """Measure models side by side, on the same prompts and noise."""
     prepare()
     from bkd.eval.measure import measure
     from bkd.eval.run import Settings

@@ -21,7 +21,7 @@ MODEL_FORMS = "shapes, a run, a pipeline folder, a single .safetensors file or a
 
 
 def doctor() -> None:
-    """Show versions, device and disk, and say whether the installed packages fit together."""
+    """Show versions, device and disk, and what does not fit together."""
     import platform
     import shutil
 
@@ -61,7 +61,7 @@ def inspect(
     config: SingleFileConfig = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Show the units of a model's UNet, which of them may go, and what each preset would leave."""
+    """Show a UNet's units, which may go, and what presets would leave."""
     folder = _located(model, revision, config, weights=False)
     prepare()
     from bkd.inspection import inspect_model
@@ -105,7 +105,7 @@ def prune(
     revision: Revision = None,
     config: SingleFileConfig = None,
 ) -> None:
-    """Remove blocks from a model's UNet and write the student as a stock pipeline folder."""
+    """Remove blocks from a UNet and write a stock pipeline folder."""
     _check_options(blocks, keep, calibration, strict, macs, can_write=output is not None or dry_run)
     folder = _located(teacher, revision, config, weights=keep is not None or not dry_run)
     _check_wish(folder, blocks, strict, output, overwrite)
@@ -196,7 +196,10 @@ def remap(
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output file.")] = False,
 ) -> None:
-    """Carry a teacher's LoRA over to a pruned student, and list every tensor that has nowhere to go."""
+    """Carry a teacher's LoRA over to a pruned student.
+
+    Every tensor that has nowhere to go is listed.
+    """
     prepare()
     from bkd.cli.anatomy_view import show_remapped
     from bkd.inspection import lineage_of

@@ -16,7 +16,7 @@ def report(
         Optional[Path], typer.Option("-o", "--output", help="HTML file; default RUN/report.html.")
     ] = None,
 ) -> None:
-    """Write one self-contained page: pictures, loss curves, tables and commands."""
+    """Write one page: pictures, loss curves, tables and commands."""
     from bkd.report.page import write_report
 
     written = write_report(runs, output or runs[0] / "report.html")

@@ -35,7 +35,10 @@ def train(
         bool, typer.Option(help="Show the resolved recipe, memory, steps and disk; train nothing.")
     ] = False,
 ) -> None:
-    """Distil a student as a recipe says; the same command again continues, or finds that it is done."""
+    """Distil a student as a recipe says.
+
+    The same command again continues, or finds that it is done.
+    """
     from bkd.recipe.load import load_recipe
 
     parsed = load_recipe(recipe, [*(overrides or ()), *([f"teacher.id={teacher}"] if teacher else ())])
