@@ -235,12 +235,14 @@ def test_trackers_get_what_is_logged_and_forget_what_is_repeated(tracked):
         assert [(e.step, e.value) for e in found.Scalars("task_loss")] == [(1, 1.0), (2, 1.0), (3, 7.0), (4, 7.0)]
 
 
-def test_a_run_that_goes_on_is_the_same_to_weights_and_biases(tracked, monkeypatch):
+def test_a_run_that_goes_on_is_the_same_to_weights_and_biases(tracked, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sys, "argv", ["bkd", "data.shards=https://me:hidden-token@host/x.tar"])
     log_in(("wandb",))
     written = list((tracked(("wandb",)) / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(written) == 2 and {path.name for path in written} == {"run-0a1b-00.wandb"}
     assert all(b"feature_kd_loss/mid" in path.read_bytes() for path in written)
+    assert not any(b"hidden-token" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_a_key_that_is_missing_is_said_before_anything_is_done(tmp_path):

@@ -223,12 +223,9 @@ def _explain(problem: dict[str, Any]) -> str:
         allowed = problem["ctx"]["expected"]
         return f"{key}: should be {allowed} (got {got!r})"
     if kind == "missing":
-        where = ".".join(location[:-1])
-        return (
-            f"{where}: "
-            + ("too few items" if location[-1].isdigit() else f"lacks '{location[-1]}'")
-            + f" (got {got!r})"
-        )
+        *parents, last = location
+        what = "too few items" if last.isdigit() else f"lacks '{last}'"
+        return f"{'.'.join(parents)}: {what} (got {got!r})"
     if kind == "too_long":
         return f"{key}: should have {problem['ctx']['max_length']} items (got {got!r})"
     return f"{key}: should be {EXPECTED.get(kind, problem['msg'])} (got {got!r})"

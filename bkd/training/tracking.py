@@ -126,7 +126,8 @@ def wandb_keywords(stage: TrackedStage) -> dict[str, Any]:
         "config": dict(stage.settings),
         "dir": str(stage.run),
         "resume": "allow",
-        "settings": {"console": "off"},  # a progress bar is no log
+        # A progress bar is no log, and the command, which is in the metadata, may hold tokens.
+        "settings": {"console": "off", "x_disable_meta": True},
     }
 
 
