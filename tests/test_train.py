@@ -7,13 +7,15 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bkd.diffusion import NoiseSchedule
-from bkd.errors import EnvironmentProblem, TrainingError
+from bkd.errors import DataError, EnvironmentProblem, TrainingError
 from bkd.recipe.schema import Loss, Train
 from bkd.run_folder import RunFolder
 from bkd.training.checkpoint import Checkpoints
@@ -111,6 +113,52 @@ def test_a_request_to_stop_is_granted_after_the_step_with_a_checkpoint(teacher, 
         fit(kd(teacher, teacher_folder), data, tmp_path, ask)
     assert Checkpoints(tmp_path).newest() == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("log_every", "done"), [(5, 3), (1, 3), (1, 0)])
+def test_a_request_to_stop_does_not_wait_for_samples_that_do_not_come(
+    teacher, teacher_folder, data, tmp_path, monkeypatch, log_every, done
+):
+    settings = {"log_every": log_every, "checkpoint_every": 100, "grad_accum": 2, "max_steps": 6}
+    whole = fit(kd(teacher, teacher_folder), data, tmp_path / "whole", **settings)
+    made = make_fit(kd(teacher, teacher_folder), data, tmp_path / "cut", **settings)
+    draw, asked, comes = made._draw, threading.Event(), threading.Event()
+
+    def stalls(place):
+        if place == (done, 1):  # the second pass of a step
+            asked.set()
+            comes.wait(60)
+        return draw(place)
+
+    def ask():
+        asked.wait(60)
+        time.sleep(1)  # until the step waits for it
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    made._draw = stalls
+    threading.Thread(target=ask).start()
+    with pytest.raises(Interrupted):
+        run(made)
+    assert not comes.is_set()
+    comes.set()
+    assert Checkpoints(tmp_path / "cut").newest() == (done or None)
+    continued = fit(kd(teacher, teacher_folder), data, tmp_path / "cut", **settings)
+    assert all(torch.equal(continued[name], whole[name]) for name in whole)
+
+
+def test_samples_that_cannot_be_read_cost_no_step_before_them(teacher, teacher_folder, data, tmp_path):
+    made = make_fit(kd(teacher, teacher_folder), data, tmp_path, checkpoint_every=100)
+    draw = made._draw
+
+    def fails(place):
+        if place == (3, 0):
+            raise DataError("gone")
+        return draw(place)
+
+    made._draw = fails
+    with pytest.raises(DataError, match="gone"):
+        run(made)
+    assert Checkpoints(tmp_path).newest() == 3
 
 
 @pytest.mark.parametrize(("seconds", "reads"), [(1e9, [1, 6, 7]), (0.0, [1, 2, 3, 4, 5, 6, 7])])

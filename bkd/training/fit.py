@@ -110,9 +110,14 @@ class Fit:
         self._events.resumed(first)
         self._method.trainable.train()
         self._journal.start()
-        with stop.waiting(), self._method.watching(), closing(self.batches(first)) as batches:
+        batches = self.batches(first, lambda: self._give_up_waiting(stop))
+        with stop.waiting(), self._method.watching(), closing(batches):
             for step in range(first, self._train.max_steps):
-                self.update(step, batches)
+                try:
+                    self.update(step, batches)
+                except (Interrupted, DataError):
+                    self._keep(step, first)
+                    raise
                 if self._reads_after(step + 1, stop):
                     self._pause(step + 1, stop)
         self._average.apply()
@@ -173,14 +178,7 @@ class Fit:
         return due or done - self._read_at >= self._read_every
 
     def _pause(self, done: int, stop: StopSignal) -> None:
-        train = self._train
-        reports, stopping = self._journal.read(stop=stop.requested)
-        # All processes know the same seconds, so they read after the same step again.
-        seconds = max(reports[-1].seconds, 1e-6)
-        self._read_at, self._read_every = done, max(1, min(train.log_every, READ_EVERY, int(READ_SECONDS / seconds)))
-        for report in reports:
-            self._events.step(report)
-            self._count_skipped(report)
+        train, stopping = self._train, self._read(done, stop=stop.requested)
         if train.samples_every and done % train.samples_every == 0:
             self._events.samples(done)
         # Among skipped steps the weights may be what is wrong: the checkpoints from before them are kept.
@@ -190,6 +188,31 @@ class Fit:
         if stopping and done < train.max_steps:
             raise Interrupted
         self._journal.start()
+
+    def _read(self, done: int, *, stop: bool) -> bool:
+        """Tell of the steps since the last time; whether any process was asked to stop."""
+        reports, stopping = self._journal.read(stop=stop)
+        # All processes know the same seconds, so they read after the same step again.
+        seconds, log_every = max(reports[-1].seconds, 1e-6), self._train.log_every
+        self._read_at, self._read_every = done, max(1, min(log_every, READ_EVERY, int(READ_SECONDS / seconds)))
+        for report in reports:
+            self._events.step(report)
+            self._count_skipped(report)
+        return stopping
+
+    def _give_up_waiting(self, stop: StopSignal) -> None:
+        """Samples may never come: one process alone leaves them; others would wait for this one's steps."""
+        if stop.requested and self._parallel.kind == "alone":
+            raise Interrupted
+
+    def _keep(self, done: int, first: int) -> None:
+        """Save what was done before a step whose samples did not come; others cannot know that they should, too."""
+        if self._parallel.kind != "alone":
+            return
+        if done > self._read_at:
+            self._read(done, stop=True)
+        if done > first:
+            self._save(done)
 
     def _count_skipped(self, report: StepReport) -> None:
         """Skipped steps changed nothing; too many of them in a row will not end by themselves."""
@@ -203,10 +226,10 @@ class Fit:
                 " other settings from its newest checkpoint, which is from before these steps, or from the start",
             )
 
-    def batches(self, first: int) -> Generator[Any, None, None]:
+    def batches(self, first: int, while_waiting: Callable[[], None] = lambda: None) -> Generator[Any, None, None]:
         """This process's passes from step `first` on, drawn ahead in a thread; to be closed."""
         places = ((step, n) for step in range(first, self._train.max_steps) for n in range(self._train.grad_accum))
-        return map_ahead(self._draw, places, workers=1, ahead=PASSES_AHEAD)
+        return map_ahead(self._draw, places, workers=1, ahead=PASSES_AHEAD, while_waiting=while_waiting)
 
     def _draw(self, place: tuple[int, int]) -> Any:
         """This process's share of one pass of a step's global batch, with all that is random in it."""
