@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -115,50 +115,85 @@ def test_a_request_to_stop_is_granted_after_the_step_with_a_checkpoint(teacher, 
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize(("log_every", "done"), [(5, 3), (1, 3), (1, 0)])
+@pytest.mark.parametrize(
+    ("log_every", "done", "asked"), [(5, 3, "waiting"), (1, 3, "waiting"), (1, 0, "waiting"), (1, 2, "before")]
+)
 def test_a_request_to_stop_does_not_wait_for_samples_that_do_not_come(
-    teacher, teacher_folder, data, tmp_path, monkeypatch, log_every, done
+    teacher, teacher_folder, data, tmp_path, log_every, done, asked
 ):
+    """Whether it comes while a step waits for them, or before there is no other choice."""
     settings = {"log_every": log_every, "checkpoint_every": 100, "grad_accum": 2, "max_steps": 6}
     whole = fit(kd(teacher, teacher_folder), data, tmp_path / "whole", **settings)
-    made = make_fit(kd(teacher, teacher_folder), data, tmp_path / "cut", **settings)
-    draw, asked, comes = made._draw, threading.Event(), threading.Event()
+
+    def ask(report):
+        if asked == "before" and report.step == done - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    made = make_fit(kd(teacher, teacher_folder), data, tmp_path / "cut", ask, **settings)
+    draw, give_up, comes, came = made._draw, made._give_up_waiting, threading.Event(), threading.Event()
 
     def stalls(place):
         if place == (done, 1):  # the second pass of a step
-            asked.set()
             comes.wait(60)
+            came.set()
         return draw(place)
 
-    def ask():
-        asked.wait(60)
-        time.sleep(1)  # until the step waits for it
+    def ask_and_give_up(stop):
         os.kill(os.getpid(), signal.SIGTERM)
+        give_up(stop)
 
-    made._draw = stalls
-    threading.Thread(target=ask).start()
+    made._draw, made._give_up_waiting = stalls, ask_and_give_up
     with pytest.raises(Interrupted):
         run(made)
-    assert not comes.is_set()
+    assert not came.is_set()
     comes.set()
     assert Checkpoints(tmp_path / "cut").newest() == (done or None)
     continued = fit(kd(teacher, teacher_folder), data, tmp_path / "cut", **settings)
     assert all(torch.equal(continued[name], whole[name]) for name in whole)
 
 
-def test_samples_that_cannot_be_read_cost_no_step_before_them(teacher, teacher_folder, data, tmp_path):
-    made = make_fit(kd(teacher, teacher_folder), data, tmp_path, checkpoint_every=100)
-    draw = made._draw
+@pytest.mark.parametrize("checkpoint_every", [100, 1])
+@pytest.mark.parametrize("error", [DataError("gone"), OSError("no locks here")])
+def test_samples_that_cannot_be_read_cost_no_step_before_them(
+    teacher, teacher_folder, data, tmp_path, monkeypatch, error, checkpoint_every
+):
+    made = make_fit(kd(teacher, teacher_folder), data, tmp_path, checkpoint_every=checkpoint_every, max_steps=8)
+    draw, drawn, saved = made._draw, [], []
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, one: (saved.append(one.step), save(self, one)))
 
     def fails(place):
+        drawn.append(place)
         if place == (3, 0):
-            raise DataError("gone")
+            raise error
         return draw(place)
 
     made._draw = fails
-    with pytest.raises(DataError, match="gone"):
+    with pytest.raises(type(error), match=str(error)):
         run(made)
-    assert Checkpoints(tmp_path).newest() == 3
+    assert drawn[-1] == (3, 0)  # no later sample is asked for
+    assert saved == ([3] if checkpoint_every == 100 else [1, 2, 3])
+
+
+HANGING = """
+import sys, time
+from bkd.data.ahead import read_ahead
+
+def leave():
+    sys.exit(75)
+
+def read(item):
+    print(item, flush=True)
+    time.sleep(1000 * item)
+
+for _ in read_ahead(read, range(3), ahead=2, while_waiting=leave):
+    pass
+"""
+
+
+def test_a_process_ends_while_a_file_does_not_come():
+    ended = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (75, "0\n1\n", "")
 
 
 @pytest.mark.parametrize(("seconds", "reads"), [(1e9, [1, 6, 7]), (0.0, [1, 2, 3, 4, 5, 6, 7])])
@@ -284,11 +319,15 @@ def test_trackers_get_what_is_logged_and_forget_what_is_repeated(tracked):
 
 
 def test_a_run_that_goes_on_is_the_same_to_weights_and_biases(tracked, tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(sys, "argv", ["bkd", "data.shards=https://me:hidden-token@host/x.tar"])
     log_in(("wandb",))
-    written = list((tracked(("wandb",)) / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(written) == 2 and {path.name for path in written} == {"run-0a1b-00.wandb"}
+    tracked(("wandb",))
+    wandb.teardown()  # its process still tidied up
+    written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert {path.name for path in written} == {"run-0a1b-00.wandb"}
     assert all(b"feature_kd_loss/mid" in path.read_bytes() for path in written)
     assert not any(b"hidden-token" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
@@ -304,7 +343,19 @@ def test_a_key_that_is_missing_is_said_before_anything_is_done(tmp_path):
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    assert asked.returncode and re.search(r"has no key(.|\n)*wandb login(.|\n)*WANDB_MODE=offline", asked.stderr)
+    assert asked.returncode and re.search(r"cannot be used(.|\n)*wandb login(.|\n)*WANDB_MODE=offline", asked.stderr)
+
+
+def test_a_run_that_failed_is_not_called_finished(tmp_path, monkeypatch):
+    ends = []
+    run = type("Run", (), {"log": lambda *_, **__: None, "finish": lambda self, exit_code: ends.append(exit_code)})()
+    monkeypatch.setattr("accelerate.tracking.WandBTracker.start", lambda self: setattr(self, "run", run))
+    for error in (None, ValueError):
+        with suppress(ValueError), Trackers(("wandb",), TrackedStage(tmp_path, "0a1b", 0, {})) as trackers:
+            trackers.start(0)
+            if error:
+                raise error
+    assert ends == [0, 1]
 
 
 def test_runs_are_told_apart_wherever_their_folders_are(tmp_path):

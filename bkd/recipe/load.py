@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,22 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(raw, source=f"recipe {name}", problems=problems)
 
 
+def _raw_keys(node: Any) -> Iterator[Any]:
+    """All keys of nested mappings and lists."""
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    yield from node if isinstance(node, dict) else ()
+    for value in inner:
+        yield from _raw_keys(value)
+
+
 def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str] = ()) -> Recipe:
     """Validate a recipe's content.
 
     Raises:
         RecipeError: Listing `problems` and every further one.
     """
+    if odd := [key for key in _raw_keys(raw) if not isinstance(key, str)]:
+        raise RecipeError("keys should be words", where=source, got=", ".join(map(repr, odd)))
     found = list(problems)
     recipe = None
     try:
@@ -128,6 +138,7 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str]
     if recipe is not None:
         found += _conflicts(recipe)
     if found or recipe is None:
+        found = list(dict.fromkeys(found))
         count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
         raise RecipeError("\n".join([count, *(f"  {line}" for line in found)]), where=source)
     return recipe
@@ -222,10 +233,8 @@ def _explain(problem: dict[str, Any]) -> str:
     if kind == "literal_error":
         allowed = problem["ctx"]["expected"]
         return f"{key}: should be {allowed} (got {got!r})"
-    if kind == "missing":
-        *parents, last = location
-        what = "too few items" if last.isdigit() else f"lacks '{last}'"
-        return f"{'.'.join(parents)}: {what} (got {got!r})"
+    if kind == "missing":  # an item of a list: no key has to be there
+        return f"{'.'.join(location[:-1])}: too few items (got {got!r})"
     if kind == "too_long":
         return f"{key}: should have {problem['ctx']['max_length']} items (got {got!r})"
     return f"{key}: should be {EXPECTED.get(kind, problem['msg'])} (got {got!r})"
@@ -234,18 +243,21 @@ def _explain(problem: dict[str, Any]) -> str:
 def _instead_of(location: Sequence[str]) -> str:
     """What an unknown key was meant to be: one of its name elsewhere, or a similar one in its place."""
     *parents, word = location
-    keys = [key.rpartition(".") for key in _all_keys(Recipe)]
-    elsewhere = [f"'{place}{dot}{name}'" for place, dot, name in keys if name == word]
+    if "." in word:
+        return "; in a file, keys are nested: " + word.replace(".", ": {") + ": …" + "}" * word.count(".")
+    stage = next((part for part in parents if part.isdigit()), "0")
+    keys = [key.replace(".0.", f".{stage}.").rpartition(".") for key in _all_keys(Recipe)]
+    elsewhere = [f"{place}.{name}" for place, _, name in keys if name == word]
     if elsewhere:
-        return f"; did you mean {' or '.join(elsewhere)}?"
-    here = ".".join("0" if part.isdigit() else part for part in parents)
+        return f"; did you mean '{elsewhere[0]}'?"
+    here = ".".join(parents)
     known = [name for place, _, name in keys if place == here]
     near = suggest(word, known)
-    return near.replace("mean '", "mean '" + ".".join([*parents, ""])) or "; known here: " + ", ".join(known)
+    return near.replace("mean '", f"mean '{here}." if here else "mean '") or "; known here: " + ", ".join(known)
 
 
 def _all_keys(settings: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every section and setting; of a list of sections, those of its first."""
+    """Dotted names of every section and setting, with `.0` for the number of a stage."""
     hints, keys = typing.get_type_hints(settings), []
     for field in dataclasses.fields(settings):
         key, hint = prefix + field.name, hints[field.name]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bkd.data.ahead import map_ahead
+from bkd.data.ahead import read_ahead
 from bkd.data.latent_set import TrainingSamples
 from bkd.data.order import other_places, share
 from bkd.errors import DataError, TrainingError
@@ -94,7 +94,7 @@ class Fit:
         self._average = Average(self._parameters, train.ema)
         self._journal = Journal(train.max_steps, parallel)
         self._skipped_in_a_row = 0
-        self._read_at, self._read_every = 0, 1
+        self._read_at, self._saved_at, self._read_every = 0, 0, 1
 
     def run(self, stop: StopSignal) -> None:
         """Train to the last step; afterwards the trainable module holds the averaged weights.
@@ -106,7 +106,7 @@ class Fit:
             Interrupted: After a request to stop; run the same again to continue.
             TrainingError: If too many steps in a row were not finite, or memory ran out.
         """
-        first = self._read_at = self._resume()
+        first = self._read_at = self._saved_at = self._resume()
         self._events.resumed(first)
         self._method.trainable.train()
         self._journal.start()
@@ -115,8 +115,8 @@ class Fit:
             for step in range(first, self._train.max_steps):
                 try:
                     self.update(step, batches)
-                except (Interrupted, DataError):
-                    self._keep(step, first)
+                except (Interrupted, DataError, OSError):
+                    self._keep(step)
                     raise
                 if self._reads_after(step + 1, stop):
                     self._pause(step + 1, stop)
@@ -205,13 +205,13 @@ class Fit:
         if stop.requested and self._parallel.kind == "alone":
             raise Interrupted
 
-    def _keep(self, done: int, first: int) -> None:
+    def _keep(self, done: int) -> None:
         """Save what was done before a step whose samples did not come; others cannot know that they should, too."""
         if self._parallel.kind != "alone":
             return
         if done > self._read_at:
-            self._read(done, stop=True)
-        if done > first:
+            self._read(done, stop=False)
+        if done > self._saved_at:
             self._save(done)
 
     def _count_skipped(self, report: StepReport) -> None:
@@ -229,7 +229,7 @@ class Fit:
     def batches(self, first: int, while_waiting: Callable[[], None] = lambda: None) -> Generator[Any, None, None]:
         """This process's passes from step `first` on, drawn ahead in a thread; to be closed."""
         places = ((step, n) for step in range(first, self._train.max_steps) for n in range(self._train.grad_accum))
-        return map_ahead(self._draw, places, workers=1, ahead=PASSES_AHEAD, while_waiting=while_waiting)
+        return read_ahead(self._draw, places, ahead=PASSES_AHEAD, while_waiting=while_waiting)
 
     def _draw(self, place: tuple[int, int]) -> Any:
         """This process's share of one pass of a step's global batch, with all that is random in it."""
@@ -258,6 +258,7 @@ class Fit:
         )
         if self._parallel.is_main:
             self._checkpoints.save(checkpoint)
+        self._saved_at = step
 
     def _resume(self) -> int:
         newest = self._checkpoints.newest() if self._parallel.is_main else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,17 +84,18 @@ def log_in(names: Collection[str]) -> None:
     """Have W&B find its key, or ask for it, before hours of other work.
 
     Raises:
-        EnvironmentProblem: If there is no key and nobody to ask.
+        EnvironmentProblem: If W&B is not installed, has no key and nobody to ask, or does not accept the key.
     """
+    require_trackers(names)
     if "wandb" not in names:
         return
     import wandb
 
     try:
         wandb.login()
-    except wandb.errors.UsageError as error:
+    except wandb.errors.Error as error:
         raise EnvironmentProblem(
-            "Weights & Biases has no key",
+            "Weights & Biases cannot be used",
             where="train.trackers",
             got=error,
             remedy="run `wandb login`, or set WANDB_MODE=offline, or train.trackers='[tensorboard]'",
@@ -143,6 +145,8 @@ class Trackers:
         self._stage = stage
         self._names = [name for name in names if name != "tensorboard" or installed_version(name)]
         self._open: list[Any] = []
+        self._closing = ExitStack()
+        self._failed = False
 
     def __enter__(self) -> Trackers:
         return self
@@ -166,6 +170,7 @@ class Trackers:
             tracker = made[name]()
             tracker.start()
             self._open.append(tracker)
+            self._closing.callback(self._finish, tracker)
 
     def log(self, report: StepReport) -> None:
         """A step's numbers."""
@@ -176,5 +181,11 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tracker in self._open:
+        self._failed = kind is not None
+        self._closing.close()
+
+    def _finish(self, tracker: Any) -> None:
+        if tracker.name == "wandb":  # or it calls every run finished
+            tracker.tracker.finish(exit_code=int(self._failed))
+        else:
             tracker.finish()
