@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from bkd.data.filters import parse_filter
 from bkd.data.remote import shown
 from bkd.environment import shards_networks
 from bkd.errors import DataError, RecipeError, suggest
+from bkd.recipe.explain import explain
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe, Train
 from bkd.surgery.presets import PRESET_NAMES, is_unknown_name, split_list
 
@@ -132,7 +131,7 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str]
         # Strict JSON: lists become tuples and whole numbers floats, but never a word a number.
         recipe = TypeAdapter(Recipe).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        found += [_explain(dict(problem)) for problem in error.errors()]
+        found += [explain(dict(problem)) for problem in error.errors()]
     found += _required_problems(raw)
     found += _range_problems(raw)
     if recipe is not None:
@@ -211,62 +210,6 @@ def _value(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
-
-
-EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "dataclass_type": "a mapping of keys",
-    "dict_type": "a mapping of keys",
-}
-
-
-def _explain(problem: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key, kind, got = ".".join(location), problem["type"], problem["input"]
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key{_instead_of(location)} (got {got!r})"
-    if kind == "literal_error":
-        allowed = problem["ctx"]["expected"]
-        return f"{key}: should be {allowed} (got {got!r})"
-    if kind == "missing":  # an item of a list: no key has to be there
-        return f"{'.'.join(location[:-1])}: too few items (got {got!r})"
-    if kind == "too_long":
-        return f"{key}: should have {problem['ctx']['max_length']} items (got {got!r})"
-    return f"{key}: should be {EXPECTED.get(kind, problem['msg'])} (got {got!r})"
-
-
-def _instead_of(location: Sequence[str]) -> str:
-    """What an unknown key was meant to be: one of its name elsewhere, or a similar one in its place."""
-    *parents, word = location
-    if "." in word:
-        return "; in a file, keys are nested: " + word.replace(".", ": {") + ": …" + "}" * word.count(".")
-    stage = next((part for part in parents if part.isdigit()), "0")
-    keys = [key.replace(".0.", f".{stage}.").rpartition(".") for key in _all_keys(Recipe)]
-    elsewhere = [f"{place}.{name}" for place, _, name in keys if name == word]
-    if elsewhere:
-        return f"; did you mean '{elsewhere[0]}'?"
-    here = ".".join(parents)
-    known = [name for place, _, name in keys if place == here]
-    near = suggest(word, known)
-    return near.replace("mean '", f"mean '{here}." if here else "mean '") or "; known here: " + ", ".join(known)
-
-
-def _all_keys(settings: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every section and setting, with `.0` for the number of a stage."""
-    hints, keys = typing.get_type_hints(settings), []
-    for field in dataclasses.fields(settings):
-        key, hint = prefix + field.name, hints[field.name]
-        if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
-            key, hint = f"{key}.0", typing.get_args(hint)[0]
-        keys.append(key.removesuffix(".0"))
-        if dataclasses.is_dataclass(hint):
-            keys += _all_keys(hint, f"{key}.")
-    return keys
 
 
 def _required_problems(raw: Mapping[str, Any]) -> list[str]:
