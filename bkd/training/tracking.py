@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -146,7 +147,6 @@ class Trackers:
         self._names = [name for name in names if name != "tensorboard" or installed_version(name)]
         self._open: list[Any] = []
         self._closing = ExitStack()
-        self._failed = False
 
     def __enter__(self) -> Trackers:
         return self
@@ -170,7 +170,7 @@ class Trackers:
             tracker = made[name]()
             tracker.start()
             self._open.append(tracker)
-            self._closing.callback(self._finish, tracker)
+            self._closing.push(partial(_finish, tracker))
 
     def log(self, report: StepReport) -> None:
         """A step's numbers."""
@@ -181,11 +181,11 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._failed = kind is not None
-        self._closing.close()
+        self._closing.__exit__(kind, error, trace)
 
-    def _finish(self, tracker: Any) -> None:
-        if tracker.name == "wandb":  # or it calls every run finished
-            tracker.tracker.finish(exit_code=int(self._failed))
-        else:
-            tracker.finish()
+
+def _finish(tracker: Any, kind: type[BaseException] | None, *_: object) -> None:
+    if tracker.name == "wandb":  # or it calls every run finished
+        tracker.tracker.finish(exit_code=int(kind is not None))
+    else:
+        tracker.finish()
