@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from torch import nn
 
 from bkd.diffusion import NoiseSchedule, PredictionType
-from bkd.errors import ModelError
+from bkd.errors import ModelError, one_of
 from bkd.model_folder import is_inpainting, is_sdxl, parts_of, unet_config
 from bkd.unet_weights import check_unet_weights
 
@@ -74,6 +74,21 @@ def describe_device(device: torch.device) -> str:
 def training_dtype(mixed_precision: str) -> torch.dtype:
     """What the forward passes compute in: `no`, `bf16` or `fp16`."""
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """What a model computes in, by torch's name.
+
+    Raises:
+        ModelError: If there is no such dtype here, or this device does not compute in it.
+    """
+    one_of(name, DTYPES, kind="dtype", error=ModelError)
+    if name == "float16" and best_device().type == "cpu":
+        raise ModelError("float16 needs a GPU", where="--dtype", allowed="float32, bfloat16 on a CPU")
+    return DTYPES[name]
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from bkd.cli.console import console, prepare, progress_view, short, table
+from bkd.cli.console import console, prepare, progress_view
 
 Steps = Annotated[Optional[int], typer.Option(min=1, max=1000, help="Denoising steps; a run knows its own.")]
 Guidance = Annotated[
     Optional[float], typer.Option(min=1, help="Classifier-free guidance, 1 for none; a run knows its own.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of the starting noise.")]
 
 
 def sample(
@@ -23,14 +22,17 @@ def sample(
     prompts: Annotated[Optional[Path], typer.Option(help="Text file, one prompt a line.")] = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the starting noise.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
 ) -> None:
     """Draw one picture for each prompt."""
     prepare()
+    from bkd.eval.protocols import read_prompts
     from bkd.eval.sample import drawing_settings, sample_to_folder
+    from bkd.eval.suites import require_prompts
 
-    texts = _prompts(prompt, prompts)
+    texts = ([prompt] if prompt else []) + (read_prompts(prompts) if prompts else [])
+    require_prompts(texts)
     steps, guidance = drawing_settings(model, num_inference_steps, guidance_scale)
     with progress_view() as view:
         written = sample_to_folder(model, texts, output, steps, guidance, seed, overwrite, view.update)
@@ -43,65 +45,51 @@ def eval_(
     ],
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder; default RUN/eval.")] = None,
     teacher: Annotated[Optional[str], typer.Option(help="Reference model; a run names its own.")] = None,
-    suite: Annotated[str, typer.Option(help="shapes (caption accuracy) or prompts (pictures).")] = "shapes",
-    prompts: Annotated[Optional[Path], typer.Option(help="Text file, one prompt a line; for suite prompts.")] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of suite shapes.")] = 200,
-    split: Annotated[str, typer.Option(help="Of suite shapes: test, val, novel or train.")] = "test",
+    suite: Annotated[str, typer.Option(help="shapes, prompts or coco30k; see docs/evaluation.md.")] = "shapes",
+    prompts: Annotated[Optional[Path], typer.Option(help="Text file, one a line, or .csv with a caption.")] = None,
+    num_prompts: Annotated[Optional[int], typer.Option(min=1, help="The first so many; shapes: of each split.")] = None,
+    split: Annotated[Optional[list[str]], typer.Option(help="Of suite shapes: test, novel, val or train.")] = None,
+    reference: Annotated[Optional[Path], typer.Option(help="Folder of real images, or pytorch-fid's .npz.")] = None,
+    inception: Annotated[Optional[Path], typer.Option(help="Weight file of FID's InceptionV3.")] = None,
+    clip: Annotated[Optional[Path], typer.Option(help="open_clip model: folder, or weight file.")] = None,
+    clip_architecture: Annotated[Optional[str], typer.Option(help="open_clip's name for a weight file.")] = None,
+    resize: Annotated[Optional[int], typer.Option(min=8, help="Side, in pixels, at which images are measured.")] = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
-    seed: Seed = 0,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Of the starting noise; default 0.")] = None,
+    rng: Annotated[str, typer.Option(help="per-image, or bksdm: one generator for all, seed 1234.")] = "per-image",
+    dtype: Annotated[str, typer.Option(help="What models compute in: float32, bfloat16 or float16.")] = "float32",
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images at a time, on a GPU.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a report of other models or settings.")] = False,
 ) -> None:
-    """Measure models side by side, on the same prompts and noise."""
+    """Measure models side by side, on the same prompts and noise; continues where it was stopped."""
     prepare()
-    from bkd.eval.measure import measure
-    from bkd.eval.run import Settings
-    from bkd.eval.sample import drawing_settings
+    from bkd.cli.eval_view import show
+    from bkd.environment import process_place
+    from bkd.eval.protocols import Wish, plan_drawing, plan_suite
+    from bkd.eval.run import evaluate, plan_evaluation
+    from bkd.models import dtype_named
 
-    steps, guidance = drawing_settings(models[0], num_inference_steps, guidance_scale, suite=suite)
-    texts = tuple(_prompts(None, prompts)) if suite == "prompts" else ()
-    settings = Settings(suite, num_prompts, split, steps, guidance, seed, texts)
-    with progress_view() as view:
-        folder, report = measure(models, teacher, settings, output, view.phase, view.update)
-    _show(report)
-    console.print(f"report: {folder / f'{suite}.json'}")
-
-
-def _prompts(prompt: str | None, file: Path | None) -> list[str]:
-    from bkd.errors import DataError
-
-    texts = [prompt] if prompt else []
-    if file is not None:
-        if not file.is_file():
-            raise DataError("no such file of prompts", where=file)
-        try:
-            texts += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise DataError("the file of prompts is not UTF-8 text", where=file, got=error) from None
-    if not texts:
-        raise DataError("no prompts", remedy="add --prompt TEXT or --prompts FILE, with one prompt a line")
-    return texts
-
-
-def _show(report: dict[str, Any]) -> None:
-    rows = []
-    for model in report["models"]:
-        accuracy = model.get("accuracy")
-        scores = _scores(model, accuracy) if accuracy else []
-        rows.append((model["name"], *scores, short(model["unet_parameters"]), short(model["unet_macs"])))
-    scored = (
-        ["correct", "95 % interval", "of teacher", "one object", "two objects"]
-        if "accuracy" in report["models"][0]
-        else []
+    wish = Wish(
+        suite=suite,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        splits=tuple(split or ()),
+        reference=reference,
+        inception=inception,
+        clip=clip,
+        clip_architecture=clip_architecture,
+        resize=resize,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        rng=rng,
     )
-    settings = report["settings"]
-    title = f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
-    if scored:
-        title = f"{settings['num_prompts']} prompts of split {settings['split']}, {title}"
-    console.print(table(title, ("model", *scored, "parameters", "MACs"), rows))
-
-
-def _scores(model: dict[str, Any], accuracy: dict[str, float]) -> list[str]:
-    share = accuracy["successes"] / accuracy["total"]
-    by_objects = [f"{model['by_objects'].get(name, float('nan')):.1%}" for name in ("one object", "two objects")]
-    interval = f"{accuracy['low']:.1%} - {accuracy['high']:.1%}"
-    return [f"{share:.1%}", interval, f"{model['relative']:.1%}", *by_objects]
+    planned, drawing, kind = plan_suite(wish), plan_drawing(wish, models[0]), dtype_named(dtype)
+    evaluation = plan_evaluation(models, teacher, planned, drawing, output, dtype=kind, batch_size=batch_size)
+    main = process_place().rank == 0
+    with progress_view("images/s", quiet=not main) as view:
+        report = evaluate(evaluation, overwrite=overwrite, phase=view.phase, progress=view.update)
+    if main:
+        show(report)
+        console.print(f"report: {evaluation.report_file}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -25,13 +24,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bkd.data.weight_files import CONFIG_FILE, WEIGHT_SUFFIXES, find_clip_weights, read_tensors
 from bkd.errors import DataError
 from bkd.files import file_digest
 
 ARCHITECTURE = "ViT-L-14-quickgelu"
-CONFIG_FILE = "open_clip_config.json"
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 CONVERSION = "open_clip_model.safetensors of timm/vit_large_patch14_clip_224.openai"
 V2_LAYERS = (0, 2, 4, 6, 7)
 """Numbers in the names of V2's layers; those between were dropout."""
@@ -111,7 +108,9 @@ def load_predictor(
     import open_clip
 
     config = _architecture(architecture)
-    weights = _weight_file(clip, architecture, config)
+    if clip.is_dir():
+        _check_config(clip / CONFIG_FILE, architecture, config)
+    weights = find_clip_weights(clip, example=CONVERSION)
     version, layers = _load_head(head, int(config["embed_dim"]))
     _check_weights(weights, architecture, config)
     # An absolute path is never mistaken for one of open_clip's tags, which it would download.
@@ -145,30 +144,6 @@ def _architecture(name: str) -> dict[str, Any]:
             allowed=f"a plain CLIP of open_clip with QuickGELU, such as {ARCHITECTURE}",
         )
     return config
-
-
-def _weight_file(clip: Path, architecture: str, config: Mapping[str, Any]) -> Path:
-    if clip.is_file() and clip.suffix in WEIGHT_SUFFIXES:
-        return clip
-    if not clip.is_dir():
-        raise DataError(
-            "no CLIP weights there",
-            where=clip,
-            got="another kind of file" if clip.exists() else "no such file or folder",
-            allowed=f"a folder with {CONFIG_FILE}, or a weight file ({', '.join(WEIGHT_SUFFIXES)})",
-            remedy=f"download {CONVERSION} and give its path; names on the Hub are not looked up",
-        )
-    _check_config(clip / CONFIG_FILE, architecture, config)
-    found = sorted(path for path in clip.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-    found = [clip / name for name in WEIGHT_FILES if clip / name in found][:1] or found
-    if len(found) != 1:
-        raise DataError(
-            "several weight files, and it is not clear which" if found else "a CLIP folder without weights",
-            where=clip,
-            got=", ".join(path.name for path in found) or ", ".join(sorted(path.name for path in clip.iterdir())),
-            allowed=" or ".join(WEIGHT_FILES),
-        )
-    return found[0]
 
 
 def _check_config(file: Path, architecture: str, config: Mapping[str, Any]) -> None:
@@ -214,7 +189,7 @@ def _check_weights(file: Path, architecture: str, config: Mapping[str, Any]) -> 
     """Compare every tensor's name and shape: open_clip would stretch position embeddings that do not fit."""
     import open_clip
 
-    found = {name: tuple(tensor.shape) for name, tensor in _read_tensors(file).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in read_tensors(file, remedy=f"use {CONVERSION}").items()}
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in open_clip.CLIP(**config).state_dict().items()}
     problems = {
@@ -229,39 +204,11 @@ def _check_weights(file: Path, architecture: str, config: Mapping[str, Any]) -> 
         )
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if _is_torchscript(file):
-        raise DataError("a TorchScript archive, which holds code", where=file, remedy=f"use {CONVERSION}")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(file)
-        else:
-            # The published heads exist only as pickles. weights_only makes tensors and plain containers of them and
-            # executes no code; anything else in the file is an error.
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make readers raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError("weights cannot be read", where=file, got=reason, remedy="download the file again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise DataError("a weight file must hold named tensors and nothing else", where=file)
-    return tensors
-
-
-def _is_torchscript(file: Path) -> bool:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return False
-
-
 def _load_head(file: Path, width: int) -> tuple[Version, list[tuple[Tensor, Tensor]]]:
     """A head's version and its linear layers, for features of this width."""
     if not file.is_file() or file.suffix not in WEIGHT_SUFFIXES:
         raise DataError("no aesthetic head there", where=file, allowed=f"a file ({', '.join(WEIGHT_SUFFIXES)})")
-    tensors = _read_tensors(file)
+    tensors = read_tensors(file, remedy=f"use {CONVERSION}")
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     allowed: dict[Version, dict[str, tuple[int, ...]]] = {"v1": {"weight": (1, width), "bias": (1,)}, "v2": {}}
     for number, (into, out) in zip(V2_LAYERS, pairwise((width, *V2_WIDTHS)), strict=True):

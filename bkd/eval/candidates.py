@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
 
 from bkd.errors import ModelError
 from bkd.eval.pictures import with_unet
-from bkd.eval.run import Candidate
 from bkd.locate import locate
 from bkd.model_folder import model_digest
-from bkd.models import best_device, load_pipeline
+from bkd.models import load_pipeline
 from bkd.run_folder import RunFolder
+from bkd.run_lock import require_not_held
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
 
@@ -25,9 +30,13 @@ class Named:
     folder: Path
     pruned_like: Path | None = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        return model_digest(self.folder)
+        """Of everything that the model is made of."""
+        own = model_digest(self.folder)
+        if self.pruned_like is None:
+            return own
+        return hashlib.sha256((own + load_plan(self.pruned_like).to_json()).encode()).hexdigest()
 
 
 def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
@@ -39,6 +48,8 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
     found = [Named("teacher", locate(teacher))] if teacher is not None else []
     for model, label in zip(models, _labels(models), strict=True):
         run = RunFolder(Path(model))
+        if run.facts_file.is_file():
+            _require_finished(run)
         folder = locate(model)
         if not run.facts_file.is_file():
             found.append(Named(label, folder))
@@ -52,6 +63,19 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
     if len(set(names)) < len(names):
         raise ModelError("the same model is named twice", got=", ".join(names), remedy="name each model once")
     return found
+
+
+def _require_finished(run: RunFolder) -> None:
+    """What is measured must not change while it is, nor be half of something."""
+    require_not_held(run.path)
+    facts = run.facts()
+    if run.student.is_dir() and facts.get("status") != "done":
+        raise ModelError(
+            "this run is not finished",
+            where=run.path,
+            got=f"status: {facts.get('status')}",
+            remedy=f"finish it: {facts.get('command', 'bkd train RECIPE -o RUN')}; or name the folder of its student",
+        )
 
 
 def _labels(models: Sequence[str]) -> list[str]:
@@ -71,9 +95,9 @@ def _teacher_of(run: RunFolder, teacher: str | None) -> Path:
     return folder
 
 
-def load_candidate(named: Named) -> Candidate:
-    """Load a model on this machine's best device, in float32."""
-    pipe = load_pipeline(named.folder, device=best_device())
+def load_candidate(named: Named, dtype: torch.dtype, device: torch.device) -> StableDiffusionPipeline:
+    """Load a model, frozen."""
+    pipe = load_pipeline(named.folder, dtype=dtype, device=device)
     if named.pruned_like is not None:
         pipe = with_unet(pipe, build_student(pipe.unet, load_plan(named.pruned_like)))
-    return Candidate(named.name, pipe)
+    return pipe

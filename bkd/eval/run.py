@@ -1,167 +1,249 @@
-"""Measure models on a suite of prompts and write what was found, with everything needed to repeat it."""
+"""Measure models on a suite: draw, score, and write what was found with everything needed to repeat it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from shutil import rmtree
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+import torch.distributed as dist
 
 from bkd import __version__
 from bkd.cost import unet_cost
-from bkd.data.shapes import SPLITS, Split, scenes
-from bkd.data.shapes_checker import ATTRIBUTES, check
-from bkd.environment import PACKAGES, installed_version
-from bkd.errors import DataError, one_of
-from bkd.eval.generate import generate
+from bkd.environment import PACKAGES, installed_version, process_place
+from bkd.errors import OutputError
+from bkd.eval.candidates import Named, load_candidate, name_candidates
+from bkd.eval.generate import Drawing, block_size, draw
+from bkd.eval.images import ImageFolder
 from bkd.eval.pictures import side_by_side
-from bkd.eval.statistics import mcnemar_p, proportion
-from bkd.files import write_atomically
-from bkd.progress import Progress, silent
+from bkd.eval.suites import Phase, Suite
+from bkd.files import require_writable, write_atomically
+from bkd.model_folder import native_resolution, prompt_length, read_json, unet_config
+from bkd.models import describe_device
+from bkd.progress import Progress
+from bkd.run_folder import RunFolder
+from bkd.surgery.plan import load_plan
+from bkd.training.parallel import Parallel, start_parallel
 
 NUM_PICTURED = 8
-SUITES = ("shapes", "prompts")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model to be measured, under the name the table shows."""
-
-    name: str
-    pipe: StableDiffusionPipeline
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a measurement depends on besides the models.
+class Evaluation:
+    """What is measured, and how.
 
     Attributes:
-        suite: `shapes`: caption accuracy on the embedded world. `prompts`: pictures without a score.
-        num_prompts: Prompts of suite `shapes`, from the first of the split on.
-        split: Of the embedded world: `test` captions never occur in training; `novel` has unseen combinations.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Of classifier-free guidance; 1 for none.
-        seed: Of the starting noise.
-        prompts: The user's own, for suite `prompts`.
+        candidates: The models, the reference first.
+        suite: Prompts and metrics.
+        drawing: How images are drawn.
+        dtype: What the models compute in.
+        output: Folder of the report.
+        batch_size: Images at a time, on a GPU.
     """
 
-    suite: str = "shapes"
-    num_prompts: int = 200
-    split: str = "test"
-    num_inference_steps: int = 20
-    guidance_scale: float = 3.0
-    seed: int = 0
-    prompts: tuple[str, ...] = ()
+    candidates: Sequence[Named]
+    suite: Suite
+    drawing: Drawing
+    dtype: torch.dtype
+    output: Path
+    batch_size: int | None = None
 
-    def __post_init__(self) -> None:
-        one_of(self.suite, SUITES, kind="suite", error=DataError)
-        one_of(self.split, SPLITS, kind="split", error=DataError)
+    @property
+    def report_file(self) -> Path:
+        return self.output / f"{self.suite.name}.json"
 
-    def captions(self) -> list[str]:
-        if self.suite == "prompts":
-            return list(self.prompts)
-        return [drawn.caption for drawn in scenes(cast(Split, self.split), self.num_prompts)]
+    def settings(self) -> dict[str, Any]:
+        """Everything that figures depend on besides the models; as JSON gives it back."""
+        prompts = self.suite.prompts()
+        settings = {
+            **self.suite.settings(),
+            "suite": self.suite.name,
+            "prompts_digest": digest_of(prompts),
+            "drawing": asdict(self.drawing),
+            "saving": asdict(self.suite.saving),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        found: dict[str, Any] = json.loads(json.dumps(settings))
+        return found
+
+    def images_of(self, candidate: Named, device: torch.device) -> ImageFolder:
+        """Where a candidate's images are, or will be."""
+        prompts = self.suite.prompts()
+        identity = {
+            "model": candidate.digest,
+            "prompts": digest_of(prompts),
+            "drawing": asdict(self.drawing),
+            "saving": asdict(self.suite.saving),
+            "dtype": str(self.dtype),
+            "device": device.type,
+            "versions": {name: installed_version(name) for name in ("torch", "diffusers", "transformers")},
+        }
+        return ImageFolder(self.output / "images", candidate.name, identity, self.suite.saving, len(prompts))
 
 
-def evaluate(
-    candidates: Sequence[Candidate],
-    settings: Settings,
-    output: Path,
+def plan_evaluation(
+    models: Sequence[str],
+    teacher: str | None,
+    suite: Suite,
+    drawing: Drawing,
+    output: Path | None,
     *,
-    facts: Mapping[str, Any],
-    phase: Callable[[str], None] = lambda name: None,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Draw the suite with every model, on the same prompts and the same noise, and score what can be scored.
-
-    The first candidate is the reference (the teacher): the others are compared with it.
+    dtype: torch.dtype = torch.float32,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """Resolve models and output folder.
 
     Args:
-        candidates: At least one.
-        settings: See `Settings`.
-        output: Folder for `<suite>.json` and the picture `<suite>.png`.
-        facts: Written into the report as they are.
-        phase: Called with the name of each model before it draws.
-        progress: Called with (done, total) while it does.
+        models: MODEL arguments.
+        teacher: Reference, or None where runs name their own.
+        suite: Prompts and metrics.
+        drawing: How images are drawn.
+        output: Folder of the report; `<run>/eval` for a single run, `eval` otherwise.
+        dtype: What the models compute in.
+        batch_size: Images at a time, on a GPU.
+    """
+    candidates = name_candidates(models, teacher)
+    single_run = len(models) == 1 and RunFolder(Path(models[0])).facts_file.is_file()
+    folder = output or (RunFolder(Path(models[0])).eval if single_run else Path("eval"))
+    return Evaluation(candidates, suite, drawing, dtype, folder, batch_size)
+
+
+def evaluate(evaluation: Evaluation, *, overwrite: bool, phase: Phase, progress: Progress) -> dict[str, Any]:
+    """Draw the suite with every model, on the same prompts and the same noise, and measure.
+
+    Images that an earlier call has drawn are used again; several processes share those that are left.
+
+    Args:
+        evaluation: What to measure.
+        overwrite: Whether a report of other models or settings is replaced.
+        phase: Told what begins.
+        progress: Called with (done, total) of this process while it draws.
 
     Returns:
-        What was written to `<suite>.json`.
+        What `<suite>.json` says; nothing on all processes but the first.
+
+    Raises:
+        BkdError: If an input does not fit, before anything is drawn.
     """
-    prompts = settings.captions()
-    images = {}
-    for candidate in candidates:
-        phase(candidate.name)
-        images[candidate.name] = _draw(candidate, prompts, settings, progress)
-    rows = [{"name": c.name, **_cost(c.pipe)} for c in candidates]
-    if settings.suite == "shapes":
-        for row, scores in zip(rows, _score_shapes(list(images.values()), prompts), strict=True):
-            row.update(scores)
+    digests = {candidate.name: candidate.digest for candidate in evaluation.candidates}
+    settings = evaluation.settings()
+    known = _known_report(evaluation.report_file)
+    if known and (known["settings"], known["digests"]) == (settings, digests):
+        phase("already measured")
+        return known
+    if known and not overwrite:
+        _refuse(evaluation.report_file, known, settings, digests)
+    require_writable(evaluation.output)
+    scorer = evaluation.suite.scorer(evaluation.candidates)
+    parallel = start_parallel("ddp")
+    drawn = [_drawn(evaluation, candidate, parallel, phase, progress) for candidate in evaluation.candidates]
+    if parallel.kind != "alone":
+        dist.barrier()
+    if not parallel.is_main:
+        return {}
+    scores = scorer.score(drawn, phase)
+    rows = [
+        {"name": candidate.name, **_cost(candidate), **row}
+        for candidate, row in zip(evaluation.candidates, scores, strict=True)
+    ]
     report = {
-        "settings": asdict(settings),
-        "environment": _environment(candidates[0].pipe),
-        **facts,
+        "settings": settings,
+        "environment": _environment(evaluation, parallel),
+        "digests": digests,
+        "images": [folder.path.name for folder in drawn],
         "models": rows,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    pictured = {name: drawn[:NUM_PICTURED] for name, drawn in images.items()}
-    side_by_side(pictured, prompts[:NUM_PICTURED]).save(output / f"{settings.suite}.png")
-    write_atomically(output / f"{settings.suite}.json", json.dumps(report, indent=2) + "\n")
+    _write(evaluation, report, known, drawn)
     return report
 
 
-def _score_shapes(images: Sequence[torch.Tensor], prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Caption accuracy of each model, compared with the first one's."""
-    verdicts = [check(drawn, prompts) for drawn in images]
-    outcomes = [[v.correct for v in found] for found in verdicts]
-    return [
-        {
-            "accuracy": asdict(proportion(correct)),
-            "attributes": {a: proportion([v.attributes[a] for v in found]).value for a in ATTRIBUTES},
-            "by_objects": _by_objects(prompts, correct),
-            "relative": sum(correct) / max(1, sum(outcomes[0])),
-            "mcnemar_p": mcnemar_p(outcomes[0], correct),
-        }
-        for found, correct in zip(verdicts, outcomes, strict=True)
+def digest_of(prompts: Sequence[str]) -> str:
+    """A name for a list of prompts."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def _known_report(path: Path) -> dict[str, Any]:
+    """An earlier report; nothing where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and {"settings", "digests"} <= found.keys() else {}
+
+
+def _refuse(path: Path, known: Mapping[str, Any], settings: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    before = {**known["settings"], **{f"model '{name}'": digest[:12] for name, digest in known["digests"].items()}}
+    now = {**settings, **{f"model '{name}'": digest[:12] for name, digest in digests.items()}}
+    changed = [
+        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
     ]
-
-
-def _draw(candidate: Candidate, prompts: Sequence[str], settings: Settings, progress: Progress) -> torch.Tensor:
-    return generate(
-        candidate.pipe,
-        prompts,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        seed=settings.seed,
-        progress=progress,
+    raise OutputError(
+        "the output folder holds a report of other models or settings",
+        where=path,
+        got="; ".join(changed),
+        remedy="choose another -o, or add --overwrite",
     )
 
 
-def _by_objects(prompts: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
-    """Accuracy of captions with one object and with two: composition is where small models fail first."""
-    groups: dict[str, list[bool]] = {}
-    for prompt, right in zip(prompts, correct, strict=True):
-        groups.setdefault("two objects" if " and " in prompt else "one object", []).append(right)
-    return {name: sum(group) / len(group) for name, group in sorted(groups.items())}
+def _drawn(
+    evaluation: Evaluation, candidate: Named, parallel: Parallel, phase: Phase, progress: Progress
+) -> ImageFolder:
+    """A candidate's images, this process's share of them drawn where they were missing."""
+    folder = evaluation.images_of(candidate, parallel.device)
+    prompts, place = evaluation.suite.prompts(), process_place()
+    block = block_size(native_resolution(candidate.folder))
+    # Whole blocks for each process: on a CPU a block costs the same however many of its images are wanted.
+    share = [number for number in folder.missing() if number // block % place.world_size == place.rank]
+    if parallel.kind != "alone":
+        dist.barrier()  # before anybody adds to what the others are looking at
+    if not share:
+        return folder
+    phase(f"drawing {len(share):,} of {len(prompts):,} prompts with {candidate.name}")
+    pipe = load_candidate(candidate, evaluation.dtype, parallel.device)
+    images = draw(pipe, prompts, share, evaluation.drawing, batch_size=evaluation.batch_size)
+    for done, (number, image) in enumerate(images, 1):
+        folder.add(number, image)
+        progress(done, len(share))
+    return folder
 
 
-def _cost(pipe: StableDiffusionPipeline) -> dict[str, Any]:
-    cost = unet_cost(dict(pipe.unet.config), num_tokens=pipe.tokenizer.model_max_length)
+def _write(
+    evaluation: Evaluation, report: Mapping[str, Any], known: Mapping[str, Any], drawn: Sequence[ImageFolder]
+) -> None:
+    """The report, a picture of the first prompts, and away with the images of the report that it replaces."""
+    prompts = evaluation.suite.prompts()[:NUM_PICTURED]
+    first = {
+        candidate.name: folder.read(range(len(prompts)))
+        for candidate, folder in zip(evaluation.candidates, drawn, strict=True)
+    }
+    if len({images.shape for images in first.values()}) == 1:
+        side_by_side(first, prompts).save(evaluation.output / f"{evaluation.suite.name}.png")
+    write_atomically(evaluation.report_file, json.dumps(report, indent=2) + "\n")
+    for name in set(known.get("images", ())) - set(report["images"]):
+        rmtree(evaluation.output / "images" / Path(name).name, ignore_errors=True)
+
+
+def _cost(candidate: Named) -> dict[str, Any]:
+    plan = load_plan(candidate.pruned_like) if candidate.pruned_like else None
+    cost = unet_cost(unet_config(candidate.folder), plan, num_tokens=prompt_length(candidate.folder))
     return {
         "unet_parameters": cost.parameters,
         "unet_macs": cost.macs,
         "unet_macs_without_attention": cost.macs_without_attention,
+        "sampler": read_json(candidate.folder / "scheduler" / "scheduler_config.json"),
     }
 
 
-def _environment(pipe: StableDiffusionPipeline) -> dict[str, Any]:
+def _environment(evaluation: Evaluation, parallel: Parallel) -> dict[str, Any]:
     return {
         "bkd": __version__,
-        "device": str(pipe.device.type),
-        "threads": torch.get_num_threads(),
-        "dtype": str(pipe.unet.dtype),
-        "versions": {name: installed_version(name) for name in PACKAGES},
+        "device": describe_device(parallel.device),
+        "versions": {name: installed_version(name) for name in (*PACKAGES, "torch-fidelity", "scipy")},
     }

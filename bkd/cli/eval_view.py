@@ -1,0 +1,79 @@
+"""A measurement as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bkd.cli.console import console, short, table
+
+SPLITS = {"test": "unseen captions (test)", "novel": "unseen combinations (novel)"}
+METRICS = {"fid": "FID", "kid": "KID", "inception_score": "IS", "clip_score": "CLIP score"}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print what a report says."""
+    drawing = report["settings"]["drawing"]
+    how = f"{drawing['num_inference_steps']} steps, guidance {drawing['guidance_scale']:g}"
+    if report["settings"]["suite"] == "shapes":
+        for split in report["settings"]["splits"]:
+            _show_split(report, split, how)
+    else:
+        _show_metrics(report, how)
+
+
+def _show_split(report: dict[str, Any], split: str, how: str) -> None:
+    rows = []
+    for model in report["models"]:
+        found = model["splits"][split]
+        accuracy = found["accuracy"]
+        rows.append(
+            (
+                model["name"],
+                _share(accuracy),
+                f"{accuracy['low']:.1%} - {accuracy['high']:.1%}",
+                f"{found['relative']:.1%}",
+                *(_share(found["by_objects"][name]) for name in ("one", "two")),
+                _value(found["shapes_fid"]),
+                short(model["unet_parameters"]),
+                short(model["unet_macs"]),
+            )
+        )
+    title = f"{report['settings']['num_prompts']} prompts of {SPLITS.get(split, split)}, {how}"
+    header = ("model", "correct", "95 % interval", "of teacher", "one object", "two", "shapes-FID", "params", "MACs")
+    console.print(table(title, header, rows))
+
+
+def _show_metrics(report: dict[str, Any], how: str) -> None:
+    rows: list[tuple[str, ...]] = []
+    reasons: dict[str, str] = {}
+    for model in report["models"]:
+        close = model["closeness"]
+        psnr, ssim = (_value(close.get(name, close)) for name in ("psnr_db", "ssim"))
+        rows.append(
+            (
+                model["name"],
+                *(_value(model[name]) for name in METRICS),
+                psnr,
+                ssim,
+                short(model["unet_parameters"]),
+                short(model["unet_macs"]),
+            )
+        )
+        reasons |= {METRICS[name]: model[name]["skipped"] for name in METRICS if "skipped" in model[name]}
+    title = f"{report['settings']['num_prompts']} prompts, {how}"
+    header = ("model", *METRICS.values(), "PSNR to teacher", "SSIM", "params", "MACs")
+    console.print(table(title, header, rows))
+    for name, reason in reasons.items():
+        console.print(f"{name} skipped: {reason}")
+
+
+def _share(proportion: dict[str, Any] | None) -> str:
+    return f"{proportion['successes'] / proportion['total']:.1%}" if proportion else "-"
+
+
+def _value(metric: dict[str, Any]) -> str:
+    """`12.3 ± 0.4`, the half width of the 95 % interval."""
+    if "value" not in metric:
+        return "-"
+    half = (metric["high"] - metric["low"]) / 2
+    return f"{metric['value']:.4g} ± {half:.2g}"
