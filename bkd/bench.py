@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from bkd.data.latent_set import CachedBatch, Captions
 from bkd.data.order import Order
+from bkd.eval.peak_memory import process_peak
 from bkd.model_folder import native_resolution
 from bkd.models import describe_device, load_pipeline
 from bkd.progress import Progress, silent
@@ -154,5 +153,4 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that was in use: by the allocator on CUDA, by this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return process_peak()

@@ -79,14 +79,14 @@ def training_dtype(mixed_precision: str) -> torch.dtype:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """What a model computes in, by torch's name.
+def dtype_named(name: str, device: torch.device | None = None) -> torch.dtype:
+    """What a model computes in, by torch's name, on a device: this process's best one when not given.
 
     Raises:
         ModelError: If there is no such dtype here, or this device does not compute in it.
     """
     one_of(name, DTYPES, kind="dtype", error=ModelError)
-    if name == "float16" and best_device().type == "cpu":
+    if name == "float16" and (device or best_device()).type == "cpu":
         raise ModelError("float16 needs a GPU", where="--dtype", allowed="float32, bfloat16 on a CPU")
     return DTYPES[name]
 
@@ -131,3 +131,19 @@ def best_device() -> torch.device:
         if torch.cuda.is_available()
         else torch.device("cpu")
     )
+
+
+def device_named(name: str | None) -> torch.device:
+    """A device by torch's name; the best one when not given.
+
+    Raises:
+        ModelError: If this machine has none of the kind.
+    """
+    if name is None:
+        return best_device()
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = name.partition(":")[0]
+    one_of(kind, there, kind="device", error=ModelError)
+    if not there[kind]:
+        raise ModelError(f"there is no {kind} device here", allowed=", ".join(k for k, found in there.items() if found))
+    return torch.device(name)

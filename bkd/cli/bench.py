@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -40,3 +41,40 @@ def train_(
     whose = "on the device" if best_device().type == "cuda" else "of the process"
     console.print(f"peak memory {whose}: {gib(speed.peak_bytes)} GiB")
     show_advice(recipe, parsed, estimated(parsed, 0, teacher, plans[0]))
+
+
+@bench.command("speed")
+def speed_(
+    models: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or Hub ids; the first is compared with.")],
+    teacher: Annotated[Optional[str], typer.Option(help="Compared with instead; a run names its own.")] = None,
+    part: Annotated[Optional[list[str]], typer.Option(help="unet (one pass), pipeline; default both.")] = None,
+    batch: Annotated[Optional[list[int]], typer.Option(min=1, help="May be repeated; default 1 and 8.")] = None,
+    mode: Annotated[Optional[list[str]], typer.Option(help="eager, compiled; default eager.")] = None,
+    dtype: Annotated[Optional[list[str]], typer.Option(help="float32, bfloat16, float16; default float32.")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each.")] = 10,
+    num_inference_steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the pipeline.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="Of the pipeline; 1 for none.")] = 7.5,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda or mps; default the best one.")] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, too, in fresh processes.")] = True,
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder for speed.json and a chart.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
+) -> None:
+    """Time models in turns: one UNet pass and the whole pipeline, with memory and sizes."""
+    prepare()
+    from bkd.cli.speed_view import show_speed
+    from bkd.eval.candidates import name_candidates
+    from bkd.eval.speed import bench_speed, plan_speed
+    from bkd.models import device_named
+    from bkd.output_folder import require_free
+    from bkd.report.speed_chart import write_speed_report
+
+    wish = plan_speed(part, batch, mode, dtype, rounds, num_inference_steps, guidance_scale, device)
+    if output is not None:
+        require_free(output, overwrite=overwrite, marker="speed.json")
+    named = [model for model in name_candidates(models, teacher) if model.pruned_like is None]
+    with progress_view() as view:
+        report = bench_speed(named, wish, device_named(device), memory=memory, phase=view.phase, progress=view.update)
+    show_speed(report)
+    if output is not None:
+        write_speed_report(report, output)
+        console.print(f"report: {output / 'speed.json'}, {output / 'speed.svg'}")

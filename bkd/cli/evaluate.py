@@ -62,7 +62,7 @@ def eval_(
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images at a time, on a GPU.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a report of other models or settings.")] = False,
 ) -> None:
-    """Measure models side by side, on the same prompts and noise; continues where it was stopped."""
+    """Measure models side by side, on the same prompts and noise."""
     prepare()
     from bkd.cli.eval_view import show
     from bkd.environment import process_place

@@ -197,11 +197,11 @@ def split_inception_score(logits: Tensor, *, splits: int = IS_SPLITS) -> tuple[f
     """
     order = np.random.RandomState(SHUFFLE_SEED).permutation(len(logits))
     shuffled, found = logits.double()[torch.from_numpy(order)], []
-    for number in range(splits):
-        metric = InceptionScore(feature=torch.nn.Identity(), splits=1)
-        metric.update(shuffled[number * len(logits) // splits : (number + 1) * len(logits) // splits])
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # it shuffles once more, to no effect
-            warnings.simplefilter("ignore")  # the deviation of one split, which is not used
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # it shuffles once more, to no effect
+        warnings.simplefilter("ignore")  # of memory, and of the deviation of one split, which is not used
+        for number in range(splits):
+            metric = InceptionScore(feature=torch.nn.Identity(), splits=1)
+            metric.update(shuffled[number * len(logits) // splits : (number + 1) * len(logits) // splits])
             found.append(float(metric.compute()[0]))
     return float(np.mean(found)), float(np.std(found))
 

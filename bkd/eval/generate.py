@@ -16,6 +16,8 @@ from bkd.progress import Progress, silent
 MAX_BATCH = 50
 BLOCK_PIXELS, MAX_BLOCK = 512 * 512, 25
 """A CPU computes so many pixels together, of so many images at most; see `draw`."""
+GOLDEN_RATIO = 0x9E3779B1
+"""2^32 divided by it. Its multiples modulo 2^32 lie as far apart as so many numbers can (Knuth 1973, section 6.4)."""
 RNGS = ("per-image", "bksdm")
 
 
@@ -167,7 +169,7 @@ class Noise:
         """Noise (N, C, H, W) of images in ascending order, and what draws further noise of theirs."""
         if self._drawing.rng == "bksdm":
             return torch.cat([self._from_stream(number) for number in numbers]), self._stream
-        generators = [torch.Generator().manual_seed((self._drawing.seed << 32) + number) for number in numbers]
+        generators = [torch.Generator().manual_seed(_mixed(self._drawing.seed, number)) for number in numbers]
         # In float32, whatever the model computes in: models of two precisions then start from the same noise.
         noise = torch.cat([torch.randn(self._shape, generator=generator) for generator in generators])
         return noise.to(self._device, self._dtype), generators
@@ -180,3 +182,8 @@ class Noise:
             drawn = torch.randn(self._shape, generator=self._stream, device=self._device, dtype=self._dtype)
             self._next += 1
         return drawn
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A generator's seed. CPU generators read 32 bits of theirs, so the two cannot simply stand side by side."""
+    return (seed * GOLDEN_RATIO + number) % 2**32

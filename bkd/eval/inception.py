@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bkd.data.weight_files import read_tensors
-from bkd.errors import DataError
+from bkd.environment import installed_version
+from bkd.errors import DataError, EnvironmentProblem
 from bkd.files import file_digest
 
 NUM_FEATURES = 2048
@@ -89,7 +90,10 @@ def load_inception(weights: Path, device: torch.device | str = "cpu") -> Incepti
 
     Raises:
         DataError: If the file is missing, damaged or of another network.
+        EnvironmentProblem: If torch-fidelity is not installed.
     """
+    if installed_version("torch-fidelity") is None:
+        raise EnvironmentProblem("InceptionV3's layers come from torch-fidelity", remedy="pip install 'bkd[fid]'")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if not weights.is_file():

@@ -73,12 +73,12 @@ class PromptsSuite:
                 got=", ".join(f"{native_resolution(c.folder)} px ({c.name})" for c in candidates),
                 remedy="--resize 256 brings all of them to one size",
             )
-        resized = self.saving.side is not None
-        found = find_reference(self.reference, side=min(sides), resized=resized) if self.reference else None
-        if found is not None and self.inception is None:
+        if self.reference is not None and self.inception is None:
             raise DataError(
                 "a reference is compared by InceptionV3's features", got="no --inception", remedy=f"--inception {WHERE}"
             )
+        resized = self.saving.side is not None
+        found = find_reference(self.reference, side=min(sides), resized=resized) if self.reference else None
         device = best_device()
         return PromptsScorer(
             self.texts,

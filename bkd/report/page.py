@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from bkd.report.curves import Curve, curve_svg
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
 from bkd.training.tracking import read_metrics
+
+NONE = "\N{EN DASH}"
+"""In a cell of a table that has nothing to say."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,25 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         output = output / "report.html"
     views = [_view(RunFolder(path)) for path in runs]
     environment = Environment(loader=PackageLoader("bkd.report"), autoescape=True, undefined=StrictUndefined)
-    environment.filters["percent"] = lambda value: f"{value:.1%}"
+    environment.filters |= {"percent": "{:.1%}".format, "share": _share, "estimate": _estimate, "number": _number}
     page = environment.get_template("report.html").render(runs=views)
     write_atomically(output, page)
     return output
+
+
+def _share(proportion: Mapping[str, Any] | None) -> str:
+    return f"{proportion['successes'] / proportion['total']:.1%}" if proportion else NONE
+
+
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else NONE
+
+
+def _estimate(metric: Mapping[str, Any]) -> str:
+    """A value and its interval, or why there is none."""
+    if "skipped" in metric:
+        return f"skipped: {metric['skipped']}"
+    return f"{metric['value']:.4g} ({metric['low']:.4g} to {metric['high']:.4g})"
 
 
 def _view(run: RunFolder) -> RunView:
@@ -87,7 +105,11 @@ def _pictures(run: RunFolder) -> tuple[tuple[str, str], ...]:
     """Evaluation pictures first, then the newest validation picture, as data URLs."""
     validation = sorted(run.samples.glob("*-final.png")) or sorted(run.samples.glob("*.png"))
     paths = sorted(run.eval.glob("*.png")) + validation[-1:]
-    titles = {"shapes": "evaluation prompts, same noise for every model", "prompts": "your prompts, same noise"}
+    titles = {
+        "shapes": "evaluation prompts, same noise for every model",
+        "prompts": "your prompts, same noise",
+        "coco30k": "prompts of COCO, same noise",
+    }
     return tuple((titles.get(path.stem, "validation prompts"), _data_url(path)) for path in paths)
 
 
