@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/installed
 OVERRIDES := $(if $(DATA),'data.shards=$(DATA)') $(if $(TEACHER),'teacher.id=$(TEACHER)') $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-small train-tiny gates test test-slow test-integration check clean
+.PHONY: help install train-small train-tiny results gates test test-slow test-integration check clean
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=sd15 DATA='shards/{00000..00099}.tar' TEACHER=id-or-folder]"
@@ -44,10 +44,14 @@ train-tiny: $(INSTALLED)  ## the same for SD-Tiny
 # The embedded world has an exact checker; a real teacher's students are shown in the report's pictures.
 define train_and_show
 $(BKD) train $(SCALE)/$(1) $(OVERRIDES)
-$(if $(filter shapes,$(SCALE)),$(BKD) eval runs/$(SCALE)/$(1) --suite shapes)
+$(if $(filter shapes,$(SCALE)),$(BKD) eval runs/$(SCALE)/$(1) --suite shapes --overwrite)
 $(BKD) report runs/$(SCALE)/$(1)
 @echo "student: runs/$(SCALE)/$(1)/student"
 endef
+
+results: $(INSTALLED)  ## train and compare every method and student, 3 seeds; hours, continues where it stopped
+	$(VENV)/bin/python tools/results_runs.py -o runs/results
+	$(VENV)/bin/python tools/results_page.py runs/results -o docs
 
 gates: $(INSTALLED)  ## measure the embedded world and its teacher on 1,000 prompts
 	$(VENV)/bin/python tools/check_shapes_gates.py
