@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bkd.data.latent_set import CachedBatch, Captions
 from bkd.data.order import Order
-from bkd.eval.peak_memory import process_peak
+from bkd.environment import process_peak
 from bkd.model_folder import native_resolution
 from bkd.models import describe_device, load_pipeline
 from bkd.progress import Progress, silent

@@ -49,19 +49,26 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
+def replace_file(path: Path, *, one_of_many: bool = False) -> Iterator[BinaryIO]:
     """Write a file as a whole: it gets its name when the block ends well, and is removed when it does not.
 
     Processes that write the same file at the same time do not meet: the last one's stays.
+
+    Args:
+        path: The file.
+        one_of_many: Whether it is one of thousands that are easily made again: then nothing waits for the disk, and
+            what killed processes left is not looked for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
+    if not one_of_many:
+        _remove_abandoned(path)
     unfinished = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{threading.get_ident()}.unfinished")
     try:
         with unfinished.open("wb") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if not one_of_many:
+                os.fsync(stream.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

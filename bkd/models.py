@@ -53,7 +53,7 @@ def load_pipeline(
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     kind = StableDiffusionPipeline
     if is_sdxl(config):
-        kind, options = StableDiffusionXLPipeline, {}
+        kind, options = StableDiffusionXLPipeline, {"add_watermarker": False}
     options |= dict.fromkeys(set(without) & set(parts_of(folder)))
     pipe = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **options).to(device)
     for part in pipe.components.values():
@@ -146,4 +146,10 @@ def device_named(name: str | None) -> torch.device:
     one_of(kind, there, kind="device", error=ModelError)
     if not there[kind]:
         raise ModelError(f"there is no {kind} device here", allowed=", ".join(k for k, found in there.items() if found))
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device(kind, -1)
+    if device.index is not None and not 0 <= device.index < (torch.cuda.device_count() if kind == "cuda" else 1):
+        raise ModelError("there is no such device here", got=name, allowed=kind)
+    return device

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
+Phase = Callable[[str], None]
+"""Called with a line when something new begins."""
 
 
 def silent(done: int, total: int) -> None:

@@ -73,7 +73,7 @@ def renders(count, split="test"):
 
 def test_every_figure_says_what_it_depends_on(bkd, tmp_path):
     out = tmp_path / "out"
-    code, printed = bkd("eval", "shapes", "--num-prompts", 66, *FAST, "-o", out)
+    code, printed = bkd("eval", "shapes", "--num-prompts", 72, *FAST, "-o", out)
     assert code == 0 and "shapes-FID" in printed
     report = report_of(out, "shapes")
     assert report["settings"]["drawing"] == {
@@ -88,10 +88,10 @@ def test_every_figure_says_what_it_depends_on(bkd, tmp_path):
     for split in ("test", "novel"):
         found = model["splits"][split]
         parts = found["by_objects"]
-        assert found["accuracy"]["total"] == 66 == parts["one"]["total"] + parts["two"]["total"]
+        assert found["accuracy"]["total"] == 72 == parts["one"]["total"] + parts["two"]["total"]
         assert set(found["attributes"]) >= {"shape", "color", "size", "position", "background", "count"}
         distance = found["shapes_fid"]
-        assert distance["low"] < distance["value"] < distance["high"] and distance["num_images"] == 66
+        assert distance["low"] < distance["value"] < distance["high"] and distance["num_images"] == 72
         assert "too few" in distance["bias"]["skipped"]
 
 
@@ -149,7 +149,7 @@ def test_a_suite_of_prompts_from_end_to_end(bkd, tmp_path, prompts_file, incepti
         Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L").save(real / f"{number}.png")  # grayscale
     arguments = ("eval", "shapes", "--suite", "prompts", "--prompts", prompts_file, *FAST, "--clip", clip)
     code, printed = bkd(*arguments, "--inception", inception_file, "--reference", real, "-o", out)
-    assert code == 0 and "FID skipped: 20 images are too few for a covariance of 2,048 features" in printed
+    assert code == 0 and "FID skipped: 4 reference images are too few for a covariance" in printed
     model = report_of(out, "prompts")["models"][0]
     assert "KID" in printed and "subsets of 1,000" in model["kid"]["skipped"]
     assert model["inception_score"]["value"] >= 1 and "OTHER WEIGHTS" in model["inception_score"]["extractor"]
@@ -166,9 +166,10 @@ def test_what_is_not_given_is_skipped_with_what_to_give(bkd, tmp_path, prompts_f
     assert all("skipped" in model[name] for name in ("fid", "kid", "inception_score", "clip_score"))
 
 
-def test_published_statistics_and_their_images_give_the_same_fid(tmp_path):
+def test_published_statistics_and_their_images_give_the_same_fid(tmp_path, monkeypatch):
     """And closeness, KID and IS beside it, on features of a network small enough to have enough images."""
-    real, ours, theirs = renders(1100, "train"), renders(1050), renders(1050)
+    monkeypatch.setattr("bkd.eval.fidelity.KID_SUBSETS", 3)
+    real, ours, theirs = renders(1000, "train"), renders(1000), renders(1000)
     theirs[:, :, :4] = 0
     inception, files = tiny_inception(), []
     for number, image in enumerate(real):
@@ -179,7 +180,7 @@ def test_published_statistics_and_their_images_give_the_same_fid(tmp_path):
     folders = [drawn(tmp_path / "drawn", name, pixels) for name, pixels in (("ours", ours), ("theirs", theirs))]
 
     def score(reference):
-        return PromptsScorer([""] * 1050, reference, inception, None).score(folders, lambda text: None)
+        return PromptsScorer([""] * 1000, reference, inception, None).score(folders, lambda text: None)
 
     images = score(Reference(tmp_path, tuple(files), 32, "digest"))
     published = score(Reference(tmp_path / "real.npz", (), 32, "digest"))

@@ -19,7 +19,7 @@ from bkd.eval.fidelity import (
     kid,
     split_inception_score,
 )
-from bkd.eval.statistics import bootstrap, mean_of
+from bkd.eval.statistics import jackknife, mean_of, num_kept
 
 torch.manual_seed(0)
 OURS = torch.randn(1500, 32, dtype=torch.float64) @ torch.randn(32, 32, dtype=torch.float64)
@@ -116,15 +116,35 @@ def test_a_bootstrap_of_a_mean_has_the_error_of_the_mean():
     expected = 1.96 * values.std(ddof=1) / 20
     assert found.value == pytest.approx(values.mean()) and found.num_images == 400
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.1)
-    assert bootstrap(lambda chosen: float(len(chosen)), 7, num_resamples=5).high == 7
+
+
+def test_a_jackknife_of_a_mean_has_the_error_of_the_mean():
+    values = np.random.default_rng(0).normal(5, 2, size=400)
+    found = jackknife(lambda chosen: float(values[chosen].mean()), 400, num_resamples=500)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std(ddof=1) / 20, rel=0.15)
+    assert num_kept(400) == 360 and num_kept(3) == 2
+
+
+def test_the_intervals_of_fid_and_kid_are_as_wide_as_figures_vary():
+    """Of 60 sets of images from one distribution; a bootstrap of FID would be wider by half."""
+    rng, size, count = torch.Generator().manual_seed(0), 16, 1000
+    reference = FeatureStatistics(torch.zeros(size).double(), torch.eye(size).double())
+    real = torch.randn(count, size, generator=rng)
+    sets = [1.3 * torch.randn(count, size, generator=rng) + 0.3 for _ in range(60)]
+    fids = [frechet_distance(reference, FeatureStatistics.of(features)) for features in sets]
+    widths = [fid(features, reference, num_resamples=60) for features in sets[:5]]
+    assert np.mean([w["high"] - w["low"] for w in widths]) == pytest.approx(2 * 1.96 * np.std(fids), rel=0.3)
+    kids = [kernel_distance(features, real, subsets=1)[0] for features in sets]
+    blocks = [kid(features, real) for features in sets[:5]]
+    assert 1 < np.mean([b["high"] - b["low"] for b in blocks]) / (2 * 1.96 * np.std(kids)) < 2.5
 
 
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
         (lambda: fid(OURS[:32], FeatureStatistics.of(REAL), num_resamples=2), "32 images are too few"),
-        (lambda: kid(OURS[:900], REAL, num_resamples=2), "subsets of 1,000"),
-        (lambda: kid(OURS, REAL[:900], num_resamples=2), "900 of the reference"),
+        (lambda: kid(OURS[:900], REAL), "subsets of 1,000"),
+        (lambda: kid(OURS, REAL[:900]), "900 of the reference"),
         (lambda: inception_score(OURS[:19], num_resamples=2), "10 splits need two each"),
     ],
 )

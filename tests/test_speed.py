@@ -70,7 +70,7 @@ def test_peak_memory_is_that_of_a_process_of_its_own(teacher_folder):
         guidance_scale=1.0,
         device=CPU,
     )
-    assert 0 < found.before_bytes < found.peak_bytes < grown.nbytes
+    assert 0 < found["before_bytes"] < found["peak_bytes"] < grown.nbytes
 
 
 def test_the_table_the_file_and_the_chart(bkd, two_models, tmp_path):

@@ -2,21 +2,23 @@
 
     python tools/results_runs.py -o FOLDER [--jobs 2] [--seeds 3]
 
-Each run has one thread, so what it draws does not depend on how many run beside it. Runs that are done are found again:
-stop it at any time and start it anew.
+Each run is on the CPU and has one thread, so that others beside it change nothing. Runs that are done
+are found again: stop it at any time and start it anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +32,9 @@ from bkd.data.shapes import scenes
 from bkd.data.shapes_checker import check
 from bkd.eval.generate import Drawing, draw
 from bkd.eval.pictures import with_unet
-from bkd.files import replace_file
+from bkd.files import replace_file, write_atomically
 from bkd.locate import locate
+from bkd.model_folder import model_digest
 from bkd.models import load_pipeline
 from bkd.recipe.load import load_recipe
 from bkd.run import check_inputs
@@ -41,6 +44,7 @@ from bkd.training.journal import StepReport
 from bkd.training.parallel import start_parallel
 from bkd.training.stop import StopSignal
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a device; workers inherit it
 STUDENTS = ("sd-small", "bk-small", "sd-tiny")
 POINTS = (10, 25, 50, 100, 200, 400)
 """Optimizer steps after which a student draws. The rate is constant: each is the end of a training of that length."""
@@ -54,7 +58,9 @@ SETTINGS = {
 }
 DRAWING = Drawing(num_inference_steps=8, guidance_scale=3.0)
 NUM_PROMPTS = {"test": 250, "novel": 150}
-FEATURE_WEIGHTS = (0.1, 1.0, 10.0)
+TRIAL_PROMPTS = {"val": 400}
+"""What weights are chosen by is not what methods are compared by."""
+FEATURE_WEIGHTS = (0.1, 1.0, 10.0, 100.0)
 TRIAL_SEED, TRIAL_STEPS = 1000, 50
 """Of the short trainings that choose each feature loss's weight; no other run has this seed."""
 
@@ -113,6 +119,7 @@ class Run:
         arm: How to train.
         seed: Of the training.
         points: Steps after which to draw.
+        splits: Of the prompts, with how many of each.
     """
 
     folder: Path
@@ -120,6 +127,7 @@ class Run:
     arm: Arm = field(default_factory=Arm)
     seed: int = 0
     points: tuple[int, ...] = POINTS
+    splits: Mapping[str, int] = field(default_factory=lambda: NUM_PROMPTS)
 
     def drawn(self, step: int) -> Path:
         return self.folder / f"step-{step:04d}.npz"
@@ -129,9 +137,9 @@ class Run:
         return all(self.drawn(step).is_file() for step in self.points)
 
 
-def prompts() -> list[str]:
-    """Captions of scenes that no training has: first unseen captions, then unseen combinations."""
-    return [scene.caption for split, count in NUM_PROMPTS.items() for scene in scenes(split, count)]  # type: ignore[arg-type]
+def prompts(splits: Mapping[str, int] = NUM_PROMPTS) -> list[str]:
+    """Captions of scenes that no training has; of the comparisons, first unseen captions, then unseen combinations."""
+    return [scene.caption for split, count in splits.items() for scene in scenes(split, count)]  # type: ignore[arg-type]
 
 
 def start_worker() -> None:
@@ -164,10 +172,10 @@ def perform(run: Run) -> float:
     def on_samples(step: int) -> None:
         if step in run.points:
             with fit.averaged() as unet:
-                save_drawn(run.drawn(step), pipe, unet, losses)
+                save_drawn(run.drawn(step), pipe, unet, losses, run.splits)
 
     if 0 in run.points:
-        save_drawn(run.drawn(0), pipe, method.trainable, losses)
+        save_drawn(run.drawn(0), pipe, method.trainable, losses, run.splits)
     if max(run.points):
         fit = Fit(
             method,
@@ -185,12 +193,18 @@ def perform(run: Run) -> float:
 def draw_teacher(path: Path) -> None:
     """What every student is compared with."""
     pipe = load_pipeline(locate("shapes"))
-    save_drawn(path, pipe, pipe.unet, {})
+    save_drawn(path, pipe, pipe.unet, {}, NUM_PROMPTS)
 
 
-def save_drawn(path: Path, pipe: StableDiffusionPipeline, unet: nn.Module, losses: dict[str, list[float]]) -> None:
+def save_drawn(
+    path: Path,
+    pipe: StableDiffusionPipeline,
+    unet: nn.Module,
+    losses: Mapping[str, list[float]],
+    splits: Mapping[str, int],
+) -> None:
     """Write the images of all prompts, and the losses of the steps before."""
-    texts = prompts()
+    texts = prompts(splits)
     images = torch.stack([image for _, image in draw(with_unet(pipe, unet.eval()), texts, range(len(texts)), DRAWING)])
     arrays = {name: np.array(values, np.float32) for name, values in losses.items()}
     with replace_file(path) as stream:
@@ -201,7 +215,7 @@ def trials(folder: Path) -> Iterator[Run]:
     """Short trainings of the smallest student with each feature loss and weight."""
     for (name, arm), weight in itertools.product(FEATURES.items(), FEATURE_WEIGHTS):
         where = folder / "trials" / name.replace(", ", "-") / f"{weight:g}"
-        yield Run(where, "sd-tiny", replace(arm, feature_kd=weight), TRIAL_SEED, (TRIAL_STEPS,))
+        yield Run(where, "sd-tiny", replace(arm, feature_kd=weight), TRIAL_SEED, (TRIAL_STEPS,), TRIAL_PROMPTS)
 
 
 def best_weights(folder: Path) -> dict[str, float]:
@@ -209,7 +223,7 @@ def best_weights(folder: Path) -> dict[str, float]:
     found: dict[str, dict[float, int]] = {name: {} for name in FEATURES}
     for run, (name, weight) in zip(trials(folder), itertools.product(FEATURES, FEATURE_WEIGHTS), strict=True):
         images = torch.from_numpy(np.load(run.drawn(TRIAL_STEPS))["images"])
-        found[name][weight] = sum(verdict.correct for verdict in check(images, prompts()))
+        found[name][weight] = sum(verdict.correct for verdict in check(images, prompts(TRIAL_PROMPTS)))
     return {name: max(counts, key=lambda weight: (counts[weight], -weight)) for name, counts in found.items()}
 
 
@@ -242,10 +256,21 @@ def perform_all(runs: Iterable[Run], jobs: int) -> None:
     started = time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_worker) as pool:
         futures = {pool.submit(perform, run): run for run in left}
-        for number, future in enumerate(as_completed(futures), 1):
-            eta = (time.monotonic() - started) / number * (len(left) - number)
-            name = futures[future].folder
-            print(f"{number}/{len(left)} {name}: {future.result():.0f} s, about {eta / 60:.0f} min left", flush=True)
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                eta = (time.monotonic() - started) / number * (len(left) - number)
+                taken = f"{futures[future].folder}: {future.result():.0f} s"
+                print(f"{number}/{len(left)} {taken}, about {eta / 60:.0f} min left", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def require_same_settings(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Record what the runs in a folder have in common, or stop where those in it had something else in common."""
+    path, text = folder / f"{name}.json", json.dumps(settings, indent=2) + "\n"
+    if path.is_file() and path.read_text() != text:
+        raise SystemExit(f"{path}: the runs there were made otherwise; choose another -o, or delete them")
+    write_atomically(path, text)
 
 
 def main() -> None:
@@ -254,11 +279,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
+    start_worker()
+    shared = {"train": SETTINGS, "drawing": asdict(DRAWING), "prompts": NUM_PROMPTS, "trial_prompts": TRIAL_PROMPTS}
+    require_same_settings(args.output, "settings", {**shared, "teacher": model_digest(locate("shapes"))})
     teacher = args.output / "teacher.npz"
     if not teacher.is_file():
         draw_teacher(teacher)
     perform_all(trials(args.output), args.jobs)
-    perform_all(comparisons(args.output, best_weights(args.output), args.seeds), args.jobs)
+    weights = best_weights(args.output)
+    require_same_settings(args.output, "weights", weights)
+    perform_all(comparisons(args.output, weights, args.seeds), args.jobs)
 
 
 if __name__ == "__main__":

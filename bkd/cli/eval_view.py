@@ -31,7 +31,7 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
                 model["name"],
                 _share(accuracy),
                 f"{accuracy['low']:.1%} - {accuracy['high']:.1%}",
-                f"{found['relative']:.1%}",
+                "-" if found["relative"] is None else f"{found['relative']:.1%}",
                 *(_share(found["by_objects"][name]) for name in ("one", "two")),
                 _value(found["shapes_fid"]),
                 short(model["unet_parameters"]),
@@ -41,11 +41,13 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
     title = f"{report['settings']['num_prompts']} prompts of {SPLITS.get(split, split)}, {how}"
     header = ("model", "correct", "95 % interval", "of teacher", "one object", "two", "shapes-FID", "params", "MACs")
     console.print(table(title, header, rows))
+    if "skipped" in found["shapes_fid"]:
+        console.print(f"shapes-FID skipped: {found['shapes_fid']['skipped']}")
 
 
 def _show_metrics(report: dict[str, Any], how: str) -> None:
     rows: list[tuple[str, ...]] = []
-    reasons: dict[str, str] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for model in report["models"]:
         close = model["closeness"]
         psnr, ssim = (_value(close.get(name, close)) for name in ("psnr_db", "ssim"))
@@ -59,12 +61,15 @@ def _show_metrics(report: dict[str, Any], how: str) -> None:
                 short(model["unet_macs"]),
             )
         )
-        reasons |= {METRICS[name]: model[name]["skipped"] for name in METRICS if "skipped" in model[name]}
+        for name, label in {**METRICS, "closeness": "closeness"}.items():
+            if "skipped" in model[name]:
+                reasons.setdefault((label, model[name]["skipped"]), []).append(model["name"])
     title = f"{report['settings']['num_prompts']} prompts, {how}"
     header = ("model", *METRICS.values(), "PSNR to teacher", "SSIM", "params", "MACs")
     console.print(table(title, header, rows))
-    for name, reason in reasons.items():
-        console.print(f"{name} skipped: {reason}")
+    for (label, reason), names in reasons.items():
+        whose = "" if len(names) == len(report["models"]) else f" of {', '.join(names)}"
+        console.print(f"{label}{whose} skipped: {reason}")
 
 
 def _share(proportion: dict[str, Any] | None) -> str:

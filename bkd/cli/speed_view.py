@@ -43,6 +43,10 @@ def show_speed(report: dict[str, Any]) -> None:
     title += "; peak memory: of the process, libraries included" if report["device"].startswith("cpu") else ""
     header = ("model", "call", "median s", "90 % s", "speed-up", "peak MiB")
     console.print(table(title, header, rows, left=(0, 1)))
+    for model in report["models"]:
+        for name, case in model["cases"].items():
+            if "skipped" in case.get("memory", {}):
+                console.print(f"peak memory of {model['name']}, {name}, skipped: {case['memory']['skipped']}")
 
 
 def _seconds(case: dict[str, Any], name: str) -> str:
@@ -50,7 +54,7 @@ def _seconds(case: dict[str, Any], name: str) -> str:
 
 
 def _memory(case: dict[str, Any]) -> str:
-    return _mib(case["memory"]["peak_bytes"]) if "memory" in case else "-"
+    return _mib(case["memory"]["peak_bytes"]) if "peak_bytes" in case.get("memory", {}) else "-"
 
 
 def _mib(number: int) -> str:

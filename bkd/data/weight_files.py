@@ -11,7 +11,8 @@ from torch import Tensor
 from bkd.errors import DataError
 
 CONFIG_FILE = "open_clip_config.json"
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+"""Which of several is meant, as open_clip decides it."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 

@@ -6,8 +6,9 @@ Hessel et al. 2021, arXiv:2104.08718; given as the plain cosine, as BK-SDM does,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class ClipScorer:
     digest: str
     device: torch.device | str
 
+    def to(self, device: torch.device) -> ClipScorer:
+        """The same on another device."""
+        return replace(self, model=self.model.to(device), device=device)
+
     @torch.inference_mode()
     def scores(self, pixels: Iterable[Tensor], prompts: Sequence[str]) -> list[float]:
         """Cosine of each image and its prompt, -1..1.
@@ -54,24 +59,22 @@ class ClipScorer:
             prompts: As many texts.
         """
         found: list[float] = []
-        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+        pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels)
         for start in range(0, len(prompts), BATCH):
-            chosen = slice(start, start + BATCH)
-            images = torch.stack([self.preprocess(picture) for picture in pictures[chosen]]).to(self.device)
-            texts = self.tokenize(list(prompts[chosen])).to(self.device)
+            images = torch.stack([self.preprocess(picture) for picture in islice(pictures, BATCH)]).to(self.device)
+            texts = self.tokenize(list(prompts[start : start + BATCH])).to(self.device)
             image_features = self.model.encode_image(images, normalize=True)
             text_features = self.model.encode_text(texts, normalize=True)
             found += (image_features.double() * text_features.double()).sum(-1).tolist()
         return found
 
 
-def load_clip(clip: Path, *, architecture: str | None = None, device: torch.device | str = "cpu") -> ClipScorer:
-    """Load a CLIP model; nothing is ever downloaded, and nothing is ever random.
+def load_clip(clip: Path, *, architecture: str | None = None) -> ClipScorer:
+    """Load a CLIP model, on the CPU; nothing is ever downloaded, and nothing is ever random.
 
     Args:
         clip: Folder with `open_clip_config.json` and weights, or a weight file.
         architecture: open_clip's name for what a weight file holds; a folder says it itself.
-        device: Where to compute.
 
     Raises:
         DataError: If there are no weights, or they are of another architecture.
@@ -80,10 +83,13 @@ def load_clip(clip: Path, *, architecture: str | None = None, device: torch.devi
 
     weights = find_clip_weights(clip, example=EXAMPLE)
     if clip.is_dir():
-        _check_config(clip / CONFIG_FILE)
+        if architecture is not None:
+            raise DataError("a CLIP folder says its architecture itself", where=clip, remedy="no --clip-architecture")
+        _check_config(_folder_config(clip / CONFIG_FILE), clip / CONFIG_FILE)
         name = f"local-dir:{clip.absolute()}"
     elif architecture in open_clip.list_models():
         name = str(architecture)
+        _check_config(open_clip.get_model_config(name) or {}, name)
     else:
         raise DataError(
             "a weight file does not say its architecture",
@@ -95,7 +101,7 @@ def load_clip(clip: Path, *, architecture: str | None = None, device: torch.devi
     read_tensors(weights)  # for what open_clip would not say in a sentence
     try:
         pretrained = {} if clip.is_dir() else {"pretrained": str(weights.absolute())}
-        model, preprocess = open_clip.create_model_from_pretrained(name, precision="fp32", device=device, **pretrained)
+        model, preprocess = open_clip.create_model_from_pretrained(name, precision="fp32", **pretrained)
     except Exception as error:  # missing and unexpected tensors, other shapes, unknown keys of the configuration
         reason = (str(error).strip() or type(error).__name__).splitlines()[:2]
         raise DataError(
@@ -103,19 +109,35 @@ def load_clip(clip: Path, *, architecture: str | None = None, device: torch.devi
         ) from error
     label = clip.name if clip.is_dir() else f"{architecture}, {clip.name}"
     tokenizer = open_clip.get_tokenizer(name)
-    return ClipScorer(model.eval().requires_grad_(False), preprocess, tokenizer, label, file_digest(weights), device)
+    return ClipScorer(model.eval().requires_grad_(False), preprocess, tokenizer, label, file_digest(weights), "cpu")
 
 
-def _check_config(file: Path) -> None:
+def clip_digest(clip: Path) -> str:
+    """SHA-256 of the weights, and of the configuration beside them.
+
+    Raises:
+        DataError: If there are no weights, or more than one file of them.
+    """
+    digests = [file_digest(find_clip_weights(clip, example=EXAMPLE))]
+    if (config := clip / CONFIG_FILE).is_file():
+        digests.append(file_digest(config))
+    return "/".join(digests)
+
+
+def _folder_config(file: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(file.read_text("utf-8"))
-        text = dict(stored["model_cfg"]["text_cfg"])
+        config = json.loads(file.read_text("utf-8"))["model_cfg"]
+        return {**config, "text_cfg": dict(config["text_cfg"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError("no configuration of an open_clip model", where=file, got=repr(error)) from None
+
+
+def _check_config(config: Mapping[str, Any], where: object) -> None:
+    text = config.get("text_cfg", {})
     if hub := sorted(key for key in text if key.startswith("hf_") and text[key]):
         raise DataError(
             "this CLIP takes its text encoder or tokenizer from the Hub",
-            where=file,
+            where=where,
             got=", ".join(f"{key}: {text[key]}" for key in hub),
             allowed="a CLIP with open_clip's own text tower",
             remedy=EXAMPLE,

@@ -20,11 +20,11 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 
 from bkd.errors import DataError
-from bkd.eval.statistics import Estimate, bootstrap
+from bkd.eval.statistics import LEFT_OUT, jackknife, mean_of_blocks, num_kept
 
 SHUFFLE_SEED = 2020
 """torch-fidelity's."""
-KID_SUBSETS, KID_SUBSET_SIZE, IS_SPLITS = 100, 1000, 10
+KID_SUBSETS, KID_SUBSET_SIZE, KID_BLOCKS, IS_SPLITS = 100, 1000, 10, 10
 
 
 class TooFewImagesError(DataError):
@@ -118,19 +118,20 @@ def fid(features: Tensor, reference: FeatureStatistics, *, num_resamples: int) -
         num_resamples: For the interval.
 
     Raises:
-        TooFewImagesError: If N is no more than D: the covariance would be singular.
+        TooFewImagesError: If nine tenths of N are no more than D: covariances would be singular.
     """
     count, size = features.shape
-    if count <= size:
+    if num_kept(count) <= size:
         raise TooFewImagesError(
-            f"{count:,} images are too few for a covariance of {size:,} features: more than {size:,} are needed"
+            f"{count:,} images are too few for a covariance of {size:,} features: "
+            f"about {size / (1 - LEFT_OUT):,.0f} are needed"
         )
     features = features.double()
 
     def distance(chosen: np.ndarray[Any, np.dtype[np.int64]]) -> float:
         return frechet_distance(reference, FeatureStatistics.of(features[torch.from_numpy(chosen)]))
 
-    estimate = bootstrap(distance, count, num_resamples=num_resamples)
+    estimate = jackknife(distance, count, num_resamples=num_resamples)
     return {**asdict(estimate), **_bias(features, reference, estimate.value)}
 
 
@@ -144,7 +145,7 @@ def _bias(features: Tensor, reference: FeatureStatistics, value: float) -> dict[
 
 
 def kernel_distance(
-    features: Tensor, reference: Tensor, *, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET_SIZE
+    features: Tensor, reference: Tensor, *, subsets: int, subset_size: int = KID_SUBSET_SIZE
 ) -> tuple[float, float]:
     """Mean and standard deviation, over random subsets, of the squared MMD under the cubic kernel.
 
@@ -161,13 +162,14 @@ def kernel_distance(
     return float(np.mean(found)), float(np.std(found))
 
 
-def kid(features: Tensor, reference: Tensor, *, num_resamples: int) -> dict[str, Any]:
+def kid(features: Tensor, reference: Tensor) -> dict[str, Any]:
     """Kernel distance of images from reference images; its expectation does not depend on how many there are.
+
+    The interval comes from ten separate blocks of both sides.
 
     Args:
         features: (N, D).
         reference: (M, D).
-        num_resamples: For the interval, each with a tenth of the subsets.
 
     Raises:
         TooFewImagesError: If there are fewer images than a subset has.
@@ -177,15 +179,13 @@ def kid(features: Tensor, reference: Tensor, *, num_resamples: int) -> dict[str,
             f"{len(features):,} images and {len(reference):,} of the reference are too few: "
             f"subsets of {KID_SUBSET_SIZE:,} are compared"
         )
-    value, deviation = kernel_distance(features, reference)
-
-    def distance(chosen: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-        return kernel_distance(features[torch.from_numpy(chosen)], reference, subsets=KID_SUBSETS // 10)[0]
-
-    around = bootstrap(distance, len(features), num_resamples=num_resamples)
-    low, high = (value + end - around.value for end in (around.low, around.high))
-    estimate = Estimate(value, low, high, len(features), num_resamples)
-    return {**asdict(estimate), "deviation_over_subsets": deviation}
+    value, deviation = kernel_distance(features, reference, subsets=KID_SUBSETS)
+    size = min(len(features), len(reference)) // KID_BLOCKS
+    rng = np.random.RandomState(SHUFFLE_SEED)
+    ours, theirs = (torch.from_numpy(rng.permutation(len(side))[: KID_BLOCKS * size]) for side in (features, reference))
+    pairs = zip(torch.split(ours, size), torch.split(theirs, size), strict=True)
+    blocks = [float(poly_mmd(features[x].double(), reference[y].double())) for x, y in pairs]
+    return {**asdict(mean_of_blocks(value, blocks, len(features))), "deviation_over_subsets": deviation}
 
 
 def split_inception_score(logits: Tensor, *, splits: int = IS_SPLITS) -> tuple[float, float]:
@@ -219,7 +219,7 @@ def inception_score(logits: Tensor, *, num_resamples: int) -> dict[str, Any]:
     if len(logits) < 2 * IS_SPLITS:
         raise TooFewImagesError(f"{len(logits):,} images are too few: {IS_SPLITS} splits need two each at least")
     deviation = split_inception_score(logits)[1]
-    estimate = bootstrap(
+    estimate = jackknife(
         lambda chosen: split_inception_score(logits[torch.from_numpy(chosen)])[0],
         len(logits),
         num_resamples=num_resamples,

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from bkd.data.images import images_at_once, to_pixels
-from bkd.errors import DataError, one_of
+from bkd.errors import DataError, ModelError, one_of
 from bkd.progress import Progress, silent
 
 MAX_BATCH = 50
@@ -104,11 +104,12 @@ def draw(
     Yields:
         Index and image, (3, H, W), uint8, on the CPU, in ascending order.
     """
-    wanted, noise = sorted(set(indices)), Noise(pipe, drawing)
+    chosen, noise = set(indices), Noise(pipe, drawing)
+    wanted = sorted(chosen)
     for places in _passes(wanted, _side(pipe), pipe.device, batch_size):
         texts = [prompts[index] if index < len(prompts) else "" for index in places]
         images = _pass(pipe, texts, places, drawing, noise)
-        yield from ((index, image) for index, image in zip(places, images, strict=True) if index in set(wanted))
+        yield from ((index, image) for index, image in zip(places, images, strict=True) if index in chosen)
 
 
 def block_size(side: int) -> int:
@@ -140,6 +141,7 @@ def _pass(
     pipe: StableDiffusionPipeline, prompts: Sequence[str], numbers: Sequence[int], drawing: Drawing, noise: Noise
 ) -> Tensor:
     latents, generators = noise.of(numbers)
+    before = noise.state if drawing.rng == "bksdm" else None
     decoded = pipe(
         list(prompts),
         num_inference_steps=drawing.num_inference_steps,
@@ -148,6 +150,13 @@ def _pass(
         generator=generators,  # for schedulers that add noise on the way
         output_type="pt",
     ).images
+    if before is not None and not torch.equal(before, noise.state):
+        raise ModelError(
+            "this model's sampler draws noise on the way, so that one generator makes images depend on each other",
+            where="--rng bksdm",
+            got=type(pipe.scheduler).__name__,
+            remedy="--rng per-image",
+        )
     return to_pixels(decoded.cpu() * 2 - 1)
 
 
@@ -173,6 +182,11 @@ class Noise:
         # In float32, whatever the model computes in: models of two precisions then start from the same noise.
         noise = torch.cat([torch.randn(self._shape, generator=generator) for generator in generators])
         return noise.to(self._device, self._dtype), generators
+
+    @property
+    def state(self) -> Tensor:
+        """Of the one generator for all images."""
+        return self._stream.get_state()
 
     def _from_stream(self, number: int) -> Tensor:
         if number < self._next or not self._next:

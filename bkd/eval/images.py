@@ -21,6 +21,8 @@ from bkd.errors import DataError
 from bkd.files import replace_file, write_atomically
 
 IDENTITY_FILE = "drawn.json"
+IMAGE_FOLDER = re.compile(r"[A-Za-z0-9._-]*-[0-9a-f]{12}")
+"""Names of the folders that are made here."""
 BATCH = 50
 
 
@@ -73,7 +75,7 @@ class ImageFolder:
 
     def missing(self) -> list[int]:
         """Numbers of the images that have not been drawn."""
-        there = {path.name for path in self.path.glob(f"*.{self._saving.suffix}")}
+        there = {path.name for path in self.path.glob(f"*.{self._saving.suffix}") if path.stat().st_size}
         return [number for number in range(self.count) if self._file(number).name not in there]
 
     def add(self, number: int, pixels: Tensor) -> None:
@@ -81,7 +83,7 @@ class ImageFolder:
         if not (self.path / IDENTITY_FILE).is_file():
             write_atomically(self.path / IDENTITY_FILE, self._identity)
         encoded = self._saving.encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
-        with replace_file(self._file(number)) as stream:
+        with replace_file(self._file(number), one_of_many=True) as stream:
             stream.write(encoded)
 
     def batches(self, numbers: Sequence[int] | None = None) -> Iterator[Tensor]:

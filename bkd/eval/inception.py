@@ -22,8 +22,6 @@ SIDE = 299
 PUBLISHED = "6726825d"
 """How the SHA-256 of the published weights begins; torch-fidelity's and pytorch-fid's files are the same."""
 WHERE = "pt_inception-2015-12-05-6726825d.pth, from the releases of mseitzer/pytorch-fid"
-BATCH = 50
-"""Images in one pass; always the same, so that features are too."""
 Resize = Literal["pytorch-fid", "torch-fidelity"]
 
 
@@ -42,10 +40,18 @@ class Inception:
     digest: str
 
     @property
+    def num_features(self) -> int:
+        return int(self.classes.shape[1])
+
+    @property
     def name(self) -> str:
         """For reports: figures of other weights compare with nothing."""
         known = self.digest.startswith(PUBLISHED)
         return f"InceptionV3 2015-12-05, {'published weights' if known else 'OTHER WEIGHTS'} {self.digest[:8]}"
+
+    def to(self, device: torch.device) -> Inception:
+        """The same on another device."""
+        return Inception(self.body.to(device), self.classes.to(device), self.digest)
 
     @torch.no_grad()
     def features(self, pixels: Iterable[Tensor], resize: Resize) -> Tensor:
@@ -81,12 +87,22 @@ RESIZES: dict[Resize, Callable[[Tensor], Tensor]] = {
 """How the two tools whose figures papers give bring images to 299 px and to the network's range."""
 
 
-def load_inception(weights: Path, device: torch.device | str = "cpu") -> Inception:
-    """Load the network.
+def inception_digest(weights: Path) -> str:
+    """SHA-256 of the weight file.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if not weights.is_file():
+        raise DataError("no InceptionV3 weights there", where=weights, allowed=WHERE, remedy="download it once")
+    return file_digest(weights)
+
+
+def load_inception(weights: Path) -> Inception:
+    """Load the network, on the CPU.
 
     Args:
         weights: The published file, or `.safetensors` with the same tensors.
-        device: Where to compute.
 
     Raises:
         DataError: If the file is missing, damaged or of another network.
@@ -96,8 +112,7 @@ def load_inception(weights: Path, device: torch.device | str = "cpu") -> Incepti
         raise EnvironmentProblem("InceptionV3's layers come from torch-fidelity", remedy="pip install 'bkd[fid]'")
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    if not weights.is_file():
-        raise DataError("no InceptionV3 weights there", where=weights, allowed=WHERE, remedy="download it once")
+    digest = inception_digest(weights)
     # The class reads its weights as a pickle that may run code; so it gets a copy that was read without.
     copy = io.BytesIO()
     torch.save(read_tensors(weights, remedy=f"use {WHERE}"), copy)
@@ -114,5 +129,4 @@ def load_inception(weights: Path, device: torch.device | str = "cpu") -> Incepti
             remedy="torchvision's Inception has other layers and gives other figures",
         ) from None
     layers = [layer for name, layer in network.named_children() if name != "fc"]
-    body = nn.Sequential(*layers, nn.Flatten()).to(device)
-    return Inception(body, network.fc.weight.detach().to(device), file_digest(weights))
+    return Inception(nn.Sequential(*layers, nn.Flatten()), network.fc.weight.detach(), digest)

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
-import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bkd.errors import ModelError
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """The most memory that a model took.
-
-    Attributes:
-        peak_bytes: By the allocator on CUDA; resident memory of the process, libraries included, elsewhere.
-        before_bytes: Of it, what was there before the model was loaded.
-    """
-
-    peak_bytes: int
-    before_bytes: int
+from bkd.environment import process_peak
 
 
 def measure_peak(
     folder: Path, case: Mapping[str, Any], *, num_inference_steps: int, guidance_scale: float, device: torch.device
-) -> PeakMemory:
+) -> dict[str, Any]:
     """Load a model in a fresh process, make a call twice, and ask what it took.
 
     Args:
@@ -42,8 +27,9 @@ def measure_peak(
         guidance_scale: Of a pipeline.
         device: Where.
 
-    Raises:
-        ModelError: If the process fails, as it does when memory runs out.
+    Returns:
+        `peak_bytes`, by the allocator on CUDA, resident memory of the process, libraries included, elsewhere; and
+        `before_bytes`, what of it was there before the model was loaded. Or why there is nothing: `skipped`.
     """
     job = {
         "folder": str(folder),
@@ -55,25 +41,15 @@ def measure_peak(
     }
     command = [sys.executable, "-m", "bkd.eval.peak_memory", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        return {"skipped": f"the process was ended by {signal.Signals(-done.returncode).name}; out of memory?"}
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise ModelError("peak memory could not be measured", where=folder, got=said[-1], remedy="add --no-memory")
-    return PeakMemory(**json.loads(done.stdout.strip().splitlines()[-1]))
+        return {"skipped": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
-def process_peak() -> int:
-    """Most resident bytes of this process so far.
-
-    Linux hands `ru_maxrss` on from the process that started this one; its own count is in /proc.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _measure(job: Mapping[str, Any]) -> PeakMemory:
+def _measure(job: Mapping[str, Any]) -> dict[str, int]:
     from bkd.eval.speed import Case, SpeedWish, call_of
     from bkd.models import DTYPES, load_pipeline
 
@@ -86,8 +62,8 @@ def _measure(job: Mapping[str, Any]) -> PeakMemory:
     for _ in range(2):
         call()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
-    return PeakMemory(peak, before)
+    return {"peak_bytes": peak, "before_bytes": before}
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(vars(_measure(json.loads(sys.argv[1])))) + "\n")
+    sys.stdout.write(json.dumps(_measure(json.loads(sys.argv[1]))) + "\n")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -17,14 +17,17 @@ from bkd.recipe.schema import Samples
 
 MIN_TILE = 128
 """Small images are enlarged, by whole factors and without smoothing, to at least this side."""
+PIPELINE_SETTINGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")
 GAP = 8
 LINE = 14
 
 
 def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """The same pipeline with another UNet; nothing is copied."""
-    no_checker = {"requires_safety_checker": False} if "safety_checker" in pipe.components else {}
-    other: StableDiffusionPipeline = type(pipe)(**{**pipe.components, "unet": unet}, **no_checker)
+    settings = {name: pipe.config[name] for name in PIPELINE_SETTINGS if name in pipe.config}
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        settings["add_watermarker"] = False
+    other: StableDiffusionPipeline = type(pipe)(**{**pipe.components, "unet": unet}, **settings)
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from bkd.errors import DataError
 from bkd.eval.candidates import Named
-from bkd.eval.clip_score import ClipScorer, load_clip
+from bkd.eval.clip_score import ClipScorer, clip_digest, load_clip
 from bkd.eval.closeness import closeness
 from bkd.eval.fidelity import FeatureStatistics, fid, inception_score, kid
 from bkd.eval.images import ImageFolder, Saving
-from bkd.eval.inception import WHERE, Inception, load_inception
-from bkd.eval.reference import Reference, find_reference
+from bkd.eval.inception import WHERE, Inception, inception_digest, load_inception
+from bkd.eval.reference import Reference, find_reference, reference_digest
 from bkd.eval.statistics import mean_of
-from bkd.eval.suites import Phase, or_skipped, require_prompts, skipped
-from bkd.files import file_digest
+from bkd.eval.suites import or_skipped, require_prompts, skipped
 from bkd.model_folder import native_resolution
 from bkd.models import best_device
+from bkd.progress import Phase
 
+NO_REFERENCE = "no reference images or statistics: --reference"
 NUM_RESAMPLES = 20
-"""For intervals of FID, KID and IS, whose resamples take seconds each."""
+"""For intervals of FID and IS, whose resamples take seconds each."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class PromptsSuite:
     def settings(self) -> dict[str, Any]:
         return {
             "num_prompts": len(self.texts),
-            "reference": str(self.reference) if self.reference else None,
-            "inception": _digest(self.inception),
-            "clip": _digest(self.clip),
+            "reference": reference_digest(self.reference) if self.reference else None,
+            "inception": inception_digest(self.inception) if self.inception else None,
+            "clip": clip_digest(self.clip) if self.clip else None,
             "clip_architecture": self.clip_architecture,
             "num_resamples": NUM_RESAMPLES,
         }
@@ -79,25 +80,17 @@ class PromptsSuite:
             )
         resized = self.saving.side is not None
         found = find_reference(self.reference, side=min(sides), resized=resized) if self.reference else None
-        device = best_device()
         return PromptsScorer(
             self.texts,
             found,
-            load_inception(self.inception, device) if self.inception else None,
-            load_clip(self.clip, architecture=self.clip_architecture, device=device) if self.clip else None,
+            load_inception(self.inception) if self.inception else None,
+            load_clip(self.clip, architecture=self.clip_architecture) if self.clip else None,
         )
-
-
-def _digest(path: Path | None) -> str | None:
-    """What a path to weights stands for, so that others under the same path are noticed."""
-    if path is None or path.is_dir():
-        return str(path) if path else None
-    return file_digest(path) if path.is_file() else None
 
 
 @dataclass(frozen=True, eq=False)
 class PromptsScorer:
-    """The metrics, with everything they need loaded."""
+    """The metrics, with everything they need loaded; it takes room on a GPU only while it measures."""
 
     prompts: Sequence[str]
     reference: Reference | None
@@ -105,6 +98,15 @@ class PromptsScorer:
     clip: ClipScorer | None
 
     def score(self, drawn: Sequence[ImageFolder], phase: Phase) -> list[dict[str, Any]]:
+        device = best_device()
+        placed = replace(
+            self,
+            inception=self.inception.to(device) if self.inception else None,
+            clip=self.clip.to(device) if self.clip else None,
+        )
+        return placed._rows(drawn, phase)
+
+    def _rows(self, drawn: Sequence[ImageFolder], phase: Phase) -> list[dict[str, Any]]:
         statistics, real = self._reference(phase)
         rows = []
         for number, folder in enumerate(drawn, 1):
@@ -125,8 +127,10 @@ class PromptsScorer:
         if (published := self.reference.statistics) is not None:
             return published, None
         phase(f"features of {len(self.reference.files):,} reference images")
-        statistics = FeatureStatistics.of(self.inception.features(self.reference.batches(), "pytorch-fid"))
-        return statistics, self.inception.features(self.reference.batches(), "torch-fidelity")
+        real = self.inception.features(self.reference.batches(), "torch-fidelity")
+        if len(real) <= self.inception.num_features:
+            return None, real
+        return FeatureStatistics.of(self.inception.features(self.reference.batches(), "pytorch-fid")), real
 
     def _distances(
         self, folder: ImageFolder, statistics: FeatureStatistics | None, real: Tensor | None
@@ -137,24 +141,26 @@ class PromptsScorer:
         reference = self.reference.digest if self.reference else None
         depends = {"extractor": inception.name, "reference": reference}
         theirs = inception.features(folder.batches(), "torch-fidelity")
-        found = {"inception_score": or_skipped(lambda: self._inception_score(inception, theirs))}
-        if statistics is None:
-            return {**dict.fromkeys(("fid", "kid"), skipped("no reference images or statistics: --reference")), **found}
-        ours = inception.features(folder.batches(), "pytorch-fid")
-        found["fid"] = {
-            **or_skipped(lambda: fid(ours, statistics, num_resamples=NUM_RESAMPLES)),
-            **depends,
-            "resize": "pytorch-fid",
+        return {
+            "fid": {**self._fid(inception, folder, statistics), **depends, "resize": "pytorch-fid"},
+            "kid": {**self._kid(theirs, real), **depends, "resize": "torch-fidelity"},
+            "inception_score": or_skipped(lambda: self._inception_score(inception, theirs)),
         }
+
+    def _fid(self, inception: Inception, folder: ImageFolder, statistics: FeatureStatistics | None) -> dict[str, Any]:
+        if self.reference is None:
+            return skipped(NO_REFERENCE)
+        if statistics is None:
+            return skipped(f"{len(self.reference.files):,} reference images are too few for a covariance")
+        ours = inception.features(folder.batches(), "pytorch-fid")
+        return or_skipped(lambda: fid(ours, statistics, num_resamples=NUM_RESAMPLES))
+
+    def _kid(self, features: Tensor, real: Tensor | None) -> dict[str, Any]:
+        if self.reference is None:
+            return skipped(NO_REFERENCE)
         if real is None:
-            found["kid"] = skipped("the reference is statistics alone, and KID compares images: give their folder")
-        else:
-            found["kid"] = {
-                **or_skipped(lambda: kid(theirs, real, num_resamples=NUM_RESAMPLES)),
-                **depends,
-                "resize": "torch-fidelity",
-            }
-        return found
+            return skipped("the reference is statistics alone, and KID compares images: give their folder")
+        return or_skipped(lambda: kid(features, real))
 
     def _inception_score(self, inception: Inception, features: Tensor) -> dict[str, Any]:
         found = inception_score(inception.logits(features), num_resamples=NUM_RESAMPLES)
@@ -173,4 +179,4 @@ def _closeness(folder: ImageFolder, reference: ImageFolder) -> dict[str, Any]:
         return skipped("this is the model that the others are compared with")
     if next(folder.batches([0])).shape != next(reference.batches([0])).shape:
         return skipped("the two draw images of different sizes")
-    return closeness(folder.batches(), reference.batches())
+    return closeness(folder.batches(), reference.batches(), best_device())

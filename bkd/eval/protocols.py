@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,12 +131,12 @@ def read_prompts(file: Path) -> list[str]:
     if not file.is_file():
         raise DataError("no such file of prompts", where=file)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError("the file of prompts is not UTF-8 text", where=file, got=error) from None
     if file.suffix.lower() != ".csv":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    rows = list(csv.DictReader(text.splitlines()))
+        return [line.strip() for line in text.split("\n") if line.strip()]
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     if not rows or "caption" not in rows[0]:
         raise DataError(
             "this CSV has no captions",
@@ -143,4 +144,7 @@ def read_prompts(file: Path) -> list[str]:
             got=", ".join(str(name) for name in rows[0]) if rows else "no rows",
             allowed="a header with a column caption",
         )
-    return [(row["caption"] or "").strip() for row in rows]
+    captions = [(row["caption"] or "").strip() for row in rows]
+    if not all(captions):
+        raise DataError("a row of this CSV has no caption", where=file, got=f"row {captions.index('') + 1}")
+    return captions

@@ -59,8 +59,30 @@ def find_reference(path: Path, *, side: int, resized: bool) -> Reference:
     Raises:
         DataError: If it is missing, empty, of another network, or its images have other sizes.
     """
+    digest = reference_digest(path)
     if path.suffix == ".npz":
-        return Reference(path, (), side, _check_statistics(path))
+        _check_statistics(path)
+        return Reference(path, (), side, digest)
+    files = _images_in(path)
+    _check_sizes(files, side, resized)
+    return Reference(path, files, side, digest)
+
+
+def reference_digest(path: Path) -> str:
+    """Of statistics, the file's SHA-256; of a folder, that of its images' names and sizes.
+
+    Raises:
+        DataError: If there is nothing.
+    """
+    if path.suffix == ".npz":
+        if not path.is_file():
+            raise DataError("no such file of reference statistics", where=path)
+        return file_digest(path)
+    listed = "".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in _images_in(path))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _images_in(path: Path) -> tuple[Path, ...]:
     if not path.is_dir():
         raise DataError(
             "no reference images or statistics there",
@@ -70,15 +92,10 @@ def find_reference(path: Path, *, side: int, resized: bool) -> Reference:
     files = tuple(sorted(found for found in path.rglob("*") if found.suffix.lower() in SUFFIXES))
     if not files:
         raise DataError("a reference folder without images", where=path, allowed=", ".join(SUFFIXES))
-    if not resized:
-        _check_sizes(files, side)
-    listed = "".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in files)
-    return Reference(path, files, side, hashlib.sha256(listed.encode()).hexdigest())
+    return files
 
 
-def _check_statistics(path: Path) -> str:
-    if not path.is_file():
-        raise DataError("no such file of reference statistics", where=path)
+def _check_statistics(path: Path) -> None:
     found = FeatureStatistics.load(path).num_features
     if found != NUM_FEATURES:
         raise DataError(
@@ -88,11 +105,10 @@ def _check_statistics(path: Path) -> str:
             allowed=f"{NUM_FEATURES}, of InceptionV3's last pooling layer",
             remedy="python -m pytorch_fid --save-stats IMAGES FILE, with its default --dims 2048",
         )
-    return file_digest(path)
 
 
-def _check_sizes(files: tuple[Path, ...], side: int) -> None:
-    """Resizing changes FID by whole points; it is never done unasked."""
+def _check_sizes(files: tuple[Path, ...], side: int, resized: bool) -> None:
+    """Every image must open. Resizing changes FID by whole points; it is never done unasked."""
     other: Counter[tuple[int, int]] = Counter()
     example: Path | None = None
     for file in files:
@@ -104,7 +120,7 @@ def _check_sizes(files: tuple[Path, ...], side: int) -> None:
         if size != (side, side):
             other[size] += 1
             example = example or file
-    if example is not None:
+    if example is not None and not resized:
         common = ", ".join(f"{count:,} of {w} x {h}" for (w, h), count in other.most_common(3))
         raise DataError(
             "reference images of another size than those they are compared with",

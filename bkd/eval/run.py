@@ -19,18 +19,19 @@ from bkd.environment import PACKAGES, installed_version, process_place
 from bkd.errors import OutputError
 from bkd.eval.candidates import Named, load_candidate, name_candidates
 from bkd.eval.generate import Drawing, block_size, draw
-from bkd.eval.images import ImageFolder
+from bkd.eval.images import IMAGE_FOLDER, ImageFolder
 from bkd.eval.pictures import side_by_side
-from bkd.eval.suites import Phase, Suite
-from bkd.files import require_writable, write_atomically
+from bkd.eval.suites import SUITES, Suite
+from bkd.files import replace_file, require_writable, write_atomically
 from bkd.model_folder import native_resolution, prompt_length, read_json, unet_config
 from bkd.models import describe_device
-from bkd.progress import Progress
+from bkd.progress import Phase, Progress
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import load_plan
 from bkd.training.parallel import Parallel, start_parallel
 
 NUM_PICTURED = 8
+ELSEWHERE = "choose another -o, or move it away"
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,13 @@ def evaluate(evaluation: Evaluation, *, overwrite: bool, phase: Phase, progress:
     if known and not overwrite:
         _refuse(evaluation.report_file, known, settings, digests)
     require_writable(evaluation.output)
-    scorer = evaluation.suite.scorer(evaluation.candidates)
     parallel = start_parallel("ddp")
+    # Looks at all inputs; the others would load what they never use.
+    scorer = evaluation.suite.scorer(evaluation.candidates) if parallel.is_main else None
     drawn = [_drawn(evaluation, candidate, parallel, phase, progress) for candidate in evaluation.candidates]
     if parallel.kind != "alone":
         dist.barrier()
-    if not parallel.is_main:
+    if scorer is None:
         return {}
     scores = scorer.score(drawn, phase)
     rows = [
@@ -168,12 +170,24 @@ def digest_of(prompts: Sequence[str]) -> str:
 
 
 def _known_report(path: Path) -> dict[str, Any]:
-    """An earlier report; nothing where there is none that can be read."""
+    """An earlier report; empty where there is none.
+
+    Raises:
+        OutputError: If something else has the report's name, or its picture's.
+    """
+    if not path.is_file():
+        if path.with_suffix(".png").exists() and not (path.parent / "images").is_dir():
+            raise OutputError(
+                "a picture of that name is there, and no report", where=path.with_suffix(".png"), remedy=ELSEWHERE
+            )
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and {"settings", "digests"} <= found.keys() else {}
+        found = None
+    if not isinstance(found, dict) or not {"settings", "digests", "models"} <= found.keys():
+        raise OutputError("a file of that name is there, and it is no report", where=path, remedy=ELSEWHERE)
+    return found
 
 
 def _refuse(path: Path, known: Mapping[str, Any], settings: Mapping[str, Any], digests: Mapping[str, str]) -> None:
@@ -199,10 +213,11 @@ def _drawn(
     folder = evaluation.images_of(candidate, parallel.device)
     prompts, place = evaluation.suite.prompts(), process_place()
     block = block_size(native_resolution(candidate.folder))
-    # Whole blocks for each process: on a CPU a block costs the same however many of its images are wanted.
-    share = [number for number in folder.missing() if number // block % place.world_size == place.rank]
-    if parallel.kind != "alone":
-        dist.barrier()  # before anybody adds to what the others are looking at
+    # Whole blocks for each process: on a CPU a block costs the same however many of its images are wanted. All take
+    # them from one list, and nobody draws before it is made.
+    missing = parallel.agree(folder.missing())
+    mine = set(sorted({number // block for number in missing})[place.rank :: place.world_size])
+    share = [number for number in missing if number // block in mine]
     if not share:
         return folder
     phase(f"drawing {len(share):,} of {len(prompts):,} prompts with {candidate.name}")
@@ -224,10 +239,18 @@ def _write(
         for candidate, folder in zip(evaluation.candidates, drawn, strict=True)
     }
     if len({images.shape for images in first.values()}) == 1:
-        side_by_side(first, prompts).save(evaluation.output / f"{evaluation.suite.name}.png")
+        with replace_file(evaluation.output / f"{evaluation.suite.name}.png") as stream:
+            side_by_side(first, prompts).save(stream, format="PNG")
     write_atomically(evaluation.report_file, json.dumps(report, indent=2) + "\n")
-    for name in set(known.get("images", ())) - set(report["images"]):
-        rmtree(evaluation.output / "images" / Path(name).name, ignore_errors=True)
+    for name in set(known.get("images", ())) - set(report["images"]) - _images_of_other_reports(evaluation):
+        if IMAGE_FOLDER.fullmatch(name) and (folder := evaluation.output / "images" / name).is_dir():
+            rmtree(folder)
+
+
+def _images_of_other_reports(evaluation: Evaluation) -> set[str]:
+    """Folders that reports of other suites in the same output name."""
+    others = [evaluation.output / f"{suite}.json" for suite in SUITES if suite != evaluation.suite.name]
+    return {name for path in others if path.is_file() for name in _known_report(path).get("images", ())}
 
 
 def _cost(candidate: Named) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from bkd.eval.fidelity import FeatureStatistics, fid
 from bkd.eval.images import ImageFolder, Saving
 from bkd.eval.shapes_features import NAME, load_shapes_features, shapes_features
 from bkd.eval.statistics import mcnemar_p, proportion
-from bkd.eval.suites import Phase, or_skipped
+from bkd.eval.suites import or_skipped
 from bkd.model_folder import native_resolution
+from bkd.progress import Phase
 
 NUM_REFERENCE = 5000
 REFERENCE_SEED = 1
@@ -120,6 +121,6 @@ def accuracies(seen: Sequence[Verdict], prompts: Sequence[str], reference: Seque
         "by_objects": {
             name: share(lambda verdict: verdict.correct, number) for number, name in ((1, "one"), (2, "two"))
         },
-        "relative": sum(correct) / max(1, sum(theirs)),
+        "relative": sum(correct) / sum(theirs) if any(theirs) else None,
         "mcnemar_p": mcnemar_p(theirs, correct),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import nn
 
 from bkd import __version__
 from bkd.cost import unet_cost
@@ -18,10 +20,9 @@ from bkd.environment import PACKAGES, installed_version
 from bkd.errors import ModelError, one_of
 from bkd.eval.candidates import Named, load_candidate
 from bkd.eval.peak_memory import measure_peak
-from bkd.eval.suites import Phase
 from bkd.model_folder import parts_of, prompt_length, unet_config, weight_files
 from bkd.models import describe_device, device_named, dtype_named
-from bkd.progress import Progress
+from bkd.progress import Phase, Progress
 from bkd.surgery.probe import as_arguments, unet_inputs
 
 Part = Literal["unet", "pipeline"]
@@ -132,21 +133,10 @@ def bench_speed(
     """
     rows: list[dict[str, Any]] = [{"name": model.name, **size_of(model), "cases": {}} for model in models]
     for name in wish.dtypes:
-        dtype = dtype_named(name, device)
-        phase(f"loading {len(models)} models in {name}")
-        pipes = [load_candidate(model, dtype, device) for model in models]
-        for case in wish.cases(name):
-            if case.mode == "compiled":
-                for pipe in pipes:
-                    pipe.unet.compile(options={"layout_optimization": False})
-            phase(f"{case}: first calls")
-            calls = [call_of(case, pipe, wish) for pipe in pipes]
-            first = [_seconds(call, device) for call in calls]
-            phase(str(case))
-            times = take_turns(calls, wish.rounds, device, progress)
-            for row, taken, warm_up in zip(rows, times.T, first, strict=True):
-                row["cases"][str(case)] = {**asdict(case), **_summary(taken, times[:, 0]), "first_call_s": warm_up}
-        del pipes
+        _time_dtype(rows, models, wish, name, device, phase, progress)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if memory:
         _add_memory(rows, models, wish, device, phase, progress)
     return {
@@ -155,6 +145,42 @@ def bench_speed(
         "settings": asdict(wish),
         "models": rows,
     }
+
+
+def _time_dtype(
+    rows: Sequence[dict[str, Any]],
+    models: Sequence[Named],
+    wish: SpeedWish,
+    name: str,
+    device: torch.device,
+    phase: Phase,
+    progress: Progress,
+) -> None:
+    """Every case of one dtype; when it returns, nothing holds the models any more."""
+    phase(f"loading {len(models)} models in {name}")
+    pipes = [load_candidate(model, dtype_named(name, device), device) for model in models]
+    for case in wish.cases(name):
+        if case.mode == "compiled":
+            _compile([pipe.unet for pipe in pipes])
+        phase(f"{case}: first calls")
+        calls = [call_of(case, pipe, wish) for pipe in pipes]
+        first = [_seconds(call, device) for call in calls]
+        phase(str(case))
+        times = take_turns(calls, wish.rounds, device, progress)
+        for row, taken, warm_up in zip(rows, times.T, first, strict=True):
+            row["cases"][str(case)] = {**asdict(case), **_summary(taken, times[:, 0]), "first_call_s": warm_up}
+
+
+def _compile(unets: Sequence[nn.Module]) -> None:
+    """Compile networks in place, from nothing and for one shape each.
+
+    Networks of one class count as one for the compiler, which silently runs eagerly what it compiled too often.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(unets))
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for unet in unets:
+        unet.compile(dynamic=False, options={"layout_optimization": False})
 
 
 def take_turns(
@@ -250,7 +276,7 @@ def _add_memory(
             guidance_scale=wish.guidance_scale,
             device=device,
         )
-        rows[number]["cases"].setdefault(str(case), asdict(case))["memory"] = asdict(found)
+        rows[number]["cases"].setdefault(str(case), asdict(case))["memory"] = found
         progress(done, len(asked))
 
 

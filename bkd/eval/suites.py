@@ -9,9 +9,9 @@ from bkd.errors import DataError
 from bkd.eval.candidates import Named
 from bkd.eval.fidelity import TooFewImagesError
 from bkd.eval.images import ImageFolder, Saving
+from bkd.progress import Phase
 
 SUITES = ("shapes", "prompts", "coco30k")
-Phase = Callable[[str], None]
 
 
 class Scorer(Protocol):
@@ -71,4 +71,6 @@ def require_prompts(prompts: Sequence[str]) -> None:
         DataError: With what to give.
     """
     if not prompts:
-        raise DataError("no prompts", remedy="add --prompt TEXT or --prompts FILE, with one prompt a line")
+        raise DataError(
+            "no prompts", remedy="add --prompts FILE, with one prompt a line; bkd sample also takes --prompt TEXT"
+        )

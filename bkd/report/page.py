@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bkd.errors import OutputError
+from bkd.eval.suites import SUITES
 from bkd.files import write_atomically
 from bkd.report.curves import Curve, curve_svg
 from bkd.run_folder import RunFolder
@@ -85,8 +86,17 @@ def _view(run: RunFolder) -> RunView:
         command=str(run.facts().get("command", f"bkd train {run.recipe_file.name}")),
         curves=_curves(read_metrics(run.metrics)),
         pictures=_pictures(run),
-        evaluations=tuple(json.loads(path.read_text()) for path in sorted(run.eval.glob("*.json"))),
+        evaluations=tuple(_evaluation(path) for suite in SUITES if (path := run.eval / f"{suite}.json").is_file()),
     )
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    if "drawing" not in found.get("settings", {}):
+        raise OutputError(
+            "this measurement is of another version", where=path, remedy=f"bkd eval {path.parent.parent} --overwrite"
+        )
+    return found
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:

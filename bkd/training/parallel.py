@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bkd.environment import Place, process_place, shards_networks
 from bkd.models import best_device
 
+T = TypeVar("T")
 Kind = Literal["alone", "ddp", "fsdp2"]
 PATIENCE = timedelta(hours=2)
 """How long processes wait for one that writes a checkpoint or draws pictures."""
@@ -112,7 +113,7 @@ class Parallel:
             full = full.full_tensor()
         return full.cpu() if self.is_main else full.new_empty(0)
 
-    def agree(self, value: int) -> int:
+    def agree(self, value: T) -> T:
         """The main process's value, for all."""
         if self.kind == "alone":
             return value
