@@ -315,11 +315,15 @@ def test_a_crash_at_the_very_start_does_not_block_the_folder(tmp_path):
     assert open_run(tmp_path, recipe)[1] == "new"
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_evaluating_several_models_leaves_their_own_results_alone(bkd, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = {path: path.read_bytes() for path in (finished / "eval").glob("*")}
+    before = contents(finished / "eval")
     code, _ = bkd("eval", finished, "shapes", "--num-prompts", 2, "--num-inference-steps", 1)
-    assert code == 0 and {path: path.read_bytes() for path in (finished / "eval").glob("*")} == before
+    assert code == 0 and contents(finished / "eval") == before
     names = [model["name"] for model in json.loads((tmp_path / "eval" / "shapes.json").read_text())["models"]]
     assert names == ["teacher", "small untrained", "small", "shapes"]
 

@@ -168,8 +168,8 @@ def test_what_is_not_given_is_skipped_with_what_to_give(bkd, tmp_path, prompts_f
 
 def test_published_statistics_and_their_images_give_the_same_fid(tmp_path, monkeypatch):
     """And closeness, KID and IS beside it, on features of a network small enough to have enough images."""
-    monkeypatch.setattr("bkd.eval.fidelity.KID_SUBSETS", 3)
-    real, ours, theirs = renders(1000, "train"), renders(1000), renders(1000)
+    monkeypatch.setattr("bkd.eval.fidelity.KID_SUBSET_SIZE", 100)
+    real, ours, theirs = renders(150, "train"), renders(160), renders(160)
     theirs[:, :, :4] = 0
     inception, files = tiny_inception(), []
     for number, image in enumerate(real):
@@ -180,7 +180,7 @@ def test_published_statistics_and_their_images_give_the_same_fid(tmp_path, monke
     folders = [drawn(tmp_path / "drawn", name, pixels) for name, pixels in (("ours", ours), ("theirs", theirs))]
 
     def score(reference):
-        return PromptsScorer([""] * 1000, reference, inception, None).score(folders, lambda text: None)
+        return PromptsScorer([""] * 160, reference, inception, None).score(folders, lambda text: None)
 
     images = score(Reference(tmp_path, tuple(files), 32, "digest"))
     published = score(Reference(tmp_path / "real.npz", (), 32, "digest"))

@@ -134,7 +134,7 @@ def test_the_intervals_of_fid_and_kid_are_as_wide_as_figures_vary():
     fids = [frechet_distance(reference, FeatureStatistics.of(features)) for features in sets]
     widths = [fid(features, reference, num_resamples=60) for features in sets[:5]]
     assert np.mean([w["high"] - w["low"] for w in widths]) == pytest.approx(2 * 1.96 * np.std(fids), rel=0.3)
-    kids = [kernel_distance(features, real, subsets=1)[0] for features in sets]
+    kids = [kernel_distance(features, real, subsets=1, subset_size=count)[0] for features in sets]
     blocks = [kid(features, real) for features in sets[:5]]
     assert 1 < np.mean([b["high"] - b["low"] for b in blocks]) / (2 * 1.96 * np.std(kids)) < 2.5
 

@@ -189,8 +189,8 @@ def trials_text(folder: Path, drawn: Mapping[Path, Drawn]) -> list[str]:
         rows[name].append(f"{bold}{100 * found.correct.mean():.1f}{bold}" if found else "")
     return [
         "### Weights of the feature losses",
-        f"Accuracy (%) of sd-tiny after {runs.TRIAL_STEPS} steps, with a seed and prompts (split val) that no other run has. The best weight is "
-        "bold, the smallest of equals; every student is trained with it.",
+        f"Accuracy (%) of sd-tiny after {runs.TRIAL_STEPS} steps, with a seed and prompts (split val) that no other "
+        "run has. The best weight is bold, the smallest of equals; every student is trained with it.",
         table(["feature KD", *(f"weight {weight:g}" for weight in runs.FEATURE_WEIGHTS)], rows.values()),
     ]
 

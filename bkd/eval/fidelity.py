@@ -144,9 +144,7 @@ def _bias(features: Tensor, reference: FeatureStatistics, value: float) -> dict[
     return {"bias": bias, "extrapolated": value - bias}
 
 
-def kernel_distance(
-    features: Tensor, reference: Tensor, *, subsets: int, subset_size: int = KID_SUBSET_SIZE
-) -> tuple[float, float]:
+def kernel_distance(features: Tensor, reference: Tensor, *, subsets: int, subset_size: int) -> tuple[float, float]:
     """Mean and standard deviation, over random subsets, of the squared MMD under the cubic kernel.
 
     Args:
@@ -179,7 +177,7 @@ def kid(features: Tensor, reference: Tensor) -> dict[str, Any]:
             f"{len(features):,} images and {len(reference):,} of the reference are too few: "
             f"subsets of {KID_SUBSET_SIZE:,} are compared"
         )
-    value, deviation = kernel_distance(features, reference, subsets=KID_SUBSETS)
+    value, deviation = kernel_distance(features, reference, subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE)
     size = min(len(features), len(reference)) // KID_BLOCKS
     rng = np.random.RandomState(SHUFFLE_SEED)
     ours, theirs = (torch.from_numpy(rng.permutation(len(side))[: KID_BLOCKS * size]) for side in (features, reference))
