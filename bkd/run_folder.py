@@ -31,6 +31,8 @@ from bkd.run_lock import LOCK_FILE, require_not_held
 from bkd.surgery.plan import PLAN_FILE
 
 State = Literal["new", "continue", "done"]
+SUITES = ("shapes", "prompts", "coco30k")
+"""What models can be measured by; each leaves a report of its name."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class RunFolder:
     @property
     def eval(self) -> Path:
         return self.path / "eval"
+
+    @property
+    def evaluations(self) -> list[Path]:
+        """The reports of measurements that are there."""
+        return [path for suite in SUITES if (path := self.eval / f"{suite}.json").is_file()]
 
     def checkpoints(self, stage: int) -> Path:
         return self.path / "checkpoints" / f"{stage:02d}"

@@ -21,12 +21,12 @@ from bkd.eval.candidates import Named, load_candidate, name_candidates
 from bkd.eval.generate import Drawing, block_size, draw
 from bkd.eval.images import IMAGE_FOLDER, ImageFolder
 from bkd.eval.pictures import side_by_side
-from bkd.eval.suites import SUITES, Suite
+from bkd.eval.suites import Suite
 from bkd.files import replace_file, require_writable, write_atomically
 from bkd.model_folder import native_resolution, prompt_length, read_json, unet_config
 from bkd.models import describe_device
 from bkd.progress import Phase, Progress
-from bkd.run_folder import RunFolder
+from bkd.run_folder import SUITES, RunFolder
 from bkd.surgery.plan import load_plan
 from bkd.training.parallel import Parallel, start_parallel
 

@@ -11,8 +11,6 @@ from bkd.eval.fidelity import TooFewImagesError
 from bkd.eval.images import ImageFolder, Saving
 from bkd.progress import Phase
 
-SUITES = ("shapes", "prompts", "coco30k")
-
 
 class Scorer(Protocol):
     """Measures drawn images."""

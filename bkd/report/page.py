@@ -12,7 +12,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bkd.errors import OutputError
-from bkd.eval.suites import SUITES
 from bkd.files import write_atomically
 from bkd.report.curves import Curve, curve_svg
 from bkd.run_folder import RunFolder
@@ -86,7 +85,7 @@ def _view(run: RunFolder) -> RunView:
         command=str(run.facts().get("command", f"bkd train {run.recipe_file.name}")),
         curves=_curves(read_metrics(run.metrics)),
         pictures=_pictures(run),
-        evaluations=tuple(_evaluation(path) for suite in SUITES if (path := run.eval / f"{suite}.json").is_file()),
+        evaluations=tuple(_evaluation(path) for path in run.evaluations),
     )
 
 
