@@ -14,11 +14,9 @@ from torch import Tensor
 
 from bkd.data.images import images_at_once
 from bkd.data.indexing import index_shard
-from bkd.data.metadata import caption_of
 from bkd.data.output_set import ALONE, OutputSet, open_output_set
 from bkd.data.shards import NewSample, Record, to_record
 from bkd.environment import Place
-from bkd.errors import DataError
 from bkd.eval.generate import MAX_BATCH, generate
 from bkd.files import cache_folder
 from bkd.locate import locate
@@ -47,23 +45,6 @@ class Drawing:
     seed: int = 0
     extension: str = "png"
     per_shard: int = SAMPLES_PER_SHARD
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
-
-    Raises:
-        DataError: If there is no such file, or it is not UTF-8, or holds no prompt.
-    """
-    if not path.is_file():
-        raise DataError("no such file of prompts", where=path, allowed="a text file with a prompt on each line")
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    lines = [(number, caption_of(line)) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
-    if bad := next((number for number, text in lines if text is None), None):
-        raise DataError("prompts must be UTF-8", where=path, got=f"other bytes in line {bad}")
-    if not lines:
-        raise DataError("the file holds no prompt", where=path, allowed="a prompt on each line")
-    return [text for _, text in lines if text]
 
 
 def generate_shards(

@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bkd.data.shapes import render, scenes
+from bkd.data.prompts import read_prompts
+from bkd.data.shapes import scenes
+from bkd.data.shapes_checker import rendered
 from bkd.eval.fidelity import FeatureStatistics
 from bkd.eval.generate import Drawing
 from bkd.eval.images import ImageFolder, Saving, read_pixels
 from bkd.eval.inception import Inception
 from bkd.eval.prompts_suite import PromptsScorer
-from bkd.eval.protocols import Wish, plan_drawing, plan_suite, read_prompts
+from bkd.eval.protocols import Wish, plan_drawing, plan_suite
 from bkd.eval.reference import Reference
 from bkd.recipe.load import dump_recipe, load_recipe
 from bkd.run_lock import LOCK_FILE
@@ -68,7 +70,7 @@ def drawn(root, name, pixels):
 
 
 def renders(count, split="test"):
-    return torch.from_numpy(np.stack([render(s) for s in scenes(split, count)])).permute(0, 3, 1, 2).contiguous()
+    return rendered(scenes(split, count))
 
 
 def test_every_figure_says_what_it_depends_on(bkd, tmp_path):

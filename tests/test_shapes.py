@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from bkd.data.shapes import HELD_OUT, POSITIONS, SPLITS, render, scene, scenes
-from bkd.data.shapes_checker import check, parse_caption
+from bkd.data.shapes_checker import check, parse_caption, rendered
 from bkd.errors import DataError
-from tools.check_shapes_gates import one_attribute_wrong, to_tensor
+from tools.check_shapes_gates import one_attribute_wrong
 
 GOLDEN = "91a32e7ece35fb2373e84fe83344c682df7379c4cbe66f8751f9b2e3048a1fa1"
 
@@ -53,7 +53,7 @@ def test_objects_stay_in_their_quadrants_and_differ_in_position():
 
 def test_clean_renders_are_read_perfectly():
     drawn = list(scenes("train", 300)) + list(scenes("novel", 100))
-    verdicts = check(to_tensor(drawn), [s.caption for s in drawn])
+    verdicts = check(rendered(drawn), [s.caption for s in drawn])
     assert all(v.correct for v in verdicts)
 
 
@@ -61,14 +61,14 @@ def test_a_caption_with_one_wrong_attribute_is_never_accepted():
     rng = random.Random(0)
     drawn = list(scenes("test", 300))
     wrong = [one_attribute_wrong(s, rng).caption for s in drawn]
-    assert not any(v.correct for v in check(to_tensor(drawn), wrong))
+    assert not any(v.correct for v in check(rendered(drawn), wrong))
 
 
 def test_the_wrong_attribute_is_named():
     drawn = scene("test", 0)
     recolored = dataclasses.replace(drawn.objects[0], color="red" if drawn.objects[0].color != "red" else "blue")
     wrong = dataclasses.replace(drawn, objects=(recolored, *drawn.objects[1:]))
-    (verdict,) = check(to_tensor([drawn]), [wrong.caption])
+    (verdict,) = check(rendered([drawn]), [wrong.caption])
     assert [name for name, agrees in verdict.attributes.items() if not agrees] == ["color"]
 
 
@@ -76,9 +76,9 @@ def test_blur_is_tolerated_and_blobs_are_not():
     drawn = list(scenes("test", 200))
     captions = [s.caption for s in drawn]
     box = torch.full((3, 1, 3, 3), 1 / 9)
-    blurred = F.conv2d(F.pad(to_tensor(drawn).float(), (1,) * 4, mode="replicate"), box, groups=3).round().byte()
+    blurred = F.conv2d(F.pad(rendered(drawn).float(), (1,) * 4, mode="replicate"), box, groups=3).round().byte()
     assert sum(v.correct for v in check(blurred, captions)) >= 198
-    blobs = to_tensor(drawn)
+    blobs = rendered(drawn)
     blobs[:, :, 12:20, 12:20] = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
     assert sum(v.correct for v in check(blobs, captions)) <= 20
 
@@ -89,7 +89,7 @@ def test_an_additional_object_is_noticed():
     double = dataclasses.replace(
         single, objects=(*single.objects, dataclasses.replace(single.objects[0], position=free))
     )
-    (verdict,) = check(to_tensor([double]), [single.caption])
+    (verdict,) = check(rendered([double]), [single.caption])
     assert not verdict.attributes["count"] and not verdict.correct
 
 

@@ -62,7 +62,7 @@ def test_sizes_are_counted(teacher_folder):
 
 def test_peak_memory_is_that_of_a_process_of_its_own(teacher_folder):
     """This process has grown by more than the whole of that one before it is asked."""
-    grown = np.ones(3 * 2**30, np.uint8)
+    grown = np.ones(3 * 2**29, np.uint8)
     found = measure_peak(
         teacher_folder,
         {"part": "unet", "batch": 1, "mode": "eager", "dtype": "float32"},

@@ -13,13 +13,12 @@ import dataclasses
 import random
 import sys
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bkd.data.images import to_model_range, to_pixels
-from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene, render, scenes
-from bkd.data.shapes_checker import check
+from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene, scenes
+from bkd.data.shapes_checker import check, rendered
 from bkd.eval.generate import generate
 from bkd.eval.statistics import Proportion, proportion
 from bkd.locate import locate
@@ -42,10 +41,6 @@ def one_attribute_wrong(drawn: Scene, rng: random.Random) -> Scene:
     return dataclasses.replace(drawn, objects=tuple(objects))
 
 
-def to_tensor(drawn: list[Scene]) -> Tensor:
-    return torch.from_numpy(np.stack([render(s) for s in drawn])).permute(0, 3, 1, 2).contiguous()
-
-
 @torch.no_grad()
 def reconstruct(vae: torch.nn.Module, pixels: Tensor) -> Tensor:
     parts = [vae.decode(vae.encode(to_model_range(part)).latent_dist.mean).sample for part in pixels.split(100)]
@@ -65,7 +60,7 @@ def main() -> None:
     torch.manual_seed(0)
     drawn = list(scenes("test", args.num))
     captions = [s.caption for s in drawn]
-    pixels = to_tensor(drawn)
+    pixels = rendered(drawn)
     rng = random.Random(0)
     pipe = load_pipeline(locate("shapes"))
 

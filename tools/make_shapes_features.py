@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
 from bkd.data.images import to_model_range
-from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene, render, scene
+from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene, scene
+from bkd.data.shapes_checker import rendered
 from bkd.eval.shapes_features import JITTER_UNIT, ShapesFeatures
 from bkd.files import replace_file
 
@@ -37,9 +37,8 @@ def targets(drawn: Scene) -> tuple[int, list[int], list[tuple[float, float]]]:
 
 def dataset(split: str, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     drawn = [scene(split, index) for index in range(count)]  # type: ignore[arg-type]
-    pixels = torch.from_numpy(np.stack([render(s) for s in drawn])).permute(0, 3, 1, 2).contiguous()
     background, kinds, jitter = zip(*map(targets, drawn), strict=True)
-    return pixels, torch.tensor(background), torch.tensor(kinds), torch.tensor(jitter)
+    return rendered(drawn), torch.tensor(background), torch.tensor(kinds), torch.tensor(jitter)
 
 
 def disturbed(images: Tensor) -> Tensor:

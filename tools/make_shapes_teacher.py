@@ -19,7 +19,6 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -28,8 +27,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene, render, scene
-from bkd.data.shapes_checker import check
+from bkd.data.images import to_model_range
+from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene, scene
+from bkd.data.shapes_checker import check, rendered
 
 MAX_TOKENS = 24
 PROMPT_DROPOUT = 0.1
@@ -52,8 +52,7 @@ def train_scenes(step: int, batch: int) -> list[Scene]:
 
 def to_images(drawn: list[Scene]) -> Tensor:
     """(B, 3, 32, 32), float32, -1..1."""
-    pixels = torch.from_numpy(np.stack([render(s) for s in drawn])).permute(0, 3, 1, 2)
-    return pixels.float() / 127.5 - 1
+    return to_model_range(rendered(drawn))
 
 
 def cosine_lr(step: int, steps: int, warmup: int = 200) -> float:

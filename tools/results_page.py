@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bkd.data.shapes import render, scenes
-from bkd.data.shapes_checker import check
+from bkd.data.shapes import scenes
+from bkd.data.shapes_checker import check, rendered
 from bkd.environment import installed_version
 from bkd.eval.fidelity import FeatureStatistics, frechet_distance
 from bkd.eval.shapes_features import ShapesFeatures, load_shapes_features, shapes_features
@@ -77,8 +77,7 @@ Cells: TypeAlias = dict[Cell, dict[int, Drawn]]  # by seed
 
 def renders(counts: Mapping[str, int], seed: int) -> Tensor:
     """Scenes of another world of the same kind, so many of each split: (N, 3, 32, 32), uint8."""
-    drawn = [render(scene) for split, count in counts.items() for scene in scenes(split, count, seed=seed)]  # type: ignore[arg-type]
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
+    return rendered(scene for split, count in counts.items() for scene in scenes(split, count, seed=seed))  # type: ignore[arg-type]
 
 
 @cache

@@ -228,9 +228,10 @@ def generate(
     """
     prepare()
     from bkd.data.output_set import require_ours
+    from bkd.data.prompts import read_prompts
     from bkd.environment import process_place
     from bkd.eval.sample import drawing_settings
-    from bkd.pregenerate import Drawing, generate_with, read_prompts
+    from bkd.pregenerate import Drawing, generate_with
 
     require_ours(output)
     texts = read_prompts(prompts)

@@ -27,9 +27,8 @@ def sample(
 ) -> None:
     """Draw one picture for each prompt."""
     prepare()
-    from bkd.eval.protocols import read_prompts
+    from bkd.data.prompts import read_prompts, require_prompts
     from bkd.eval.sample import drawing_settings, sample_to_folder
-    from bkd.eval.suites import require_prompts
 
     texts = ([prompt] if prompt else []) + (read_prompts(prompts) if prompts else [])
     require_prompts(texts)

@@ -7,10 +7,11 @@ the wrong kind, a missing or an additional one is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from bkd.data.shapes import (
     Object,
     Scene,
     coverage,
+    render,
 )
 from bkd.errors import DataError
 
@@ -76,6 +78,11 @@ def parse_caption(caption: str) -> Scene:
             allowed="'a small red circle at the top left [and a large blue square …] on a gray background'",
         )
     return Scene(background=match.group(2), objects=tuple(objects))
+
+
+def rendered(drawn: Iterable[Scene]) -> Tensor:
+    """Scenes as the checker reads images: (B, 3, 32, 32), uint8."""
+    return torch.from_numpy(np.stack([render(one) for one in drawn])).permute(0, 3, 1, 2).contiguous()
 
 
 def check(pixels: Tensor, captions: Sequence[str]) -> list[Verdict]:

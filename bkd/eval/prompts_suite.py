@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bkd.data.prompts import require_prompts
 from bkd.errors import DataError
 from bkd.eval.candidates import Named
 from bkd.eval.clip_score import ClipScorer, clip_digest, load_clip
@@ -18,7 +19,7 @@ from bkd.eval.images import ImageFolder, Saving
 from bkd.eval.inception import WHERE, Inception, inception_digest, load_inception
 from bkd.eval.reference import Reference, find_reference, reference_digest
 from bkd.eval.statistics import mean_of
-from bkd.eval.suites import or_skipped, require_prompts, skipped
+from bkd.eval.suites import or_skipped, skipped
 from bkd.model_folder import native_resolution
 from bkd.models import best_device
 from bkd.progress import Phase

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from bkd.data.prompts import read_prompts
 from bkd.errors import DataError, one_of
 from bkd.eval.generate import Drawing
 from bkd.eval.images import Saving
@@ -121,31 +120,3 @@ def _require_fitting(wish: Wish) -> None:
             allowed=f"coco30k resizes to {BKSDM_SIDE} px by itself" if wish.suite == "coco30k" else None,
             remedy="leave it out" + ("" if wish.suite != "shapes" else ", or add --suite prompts"),
         )
-
-
-def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; of a `.csv`, its column `caption`.
-
-    Raises:
-        DataError: If the file is missing, not UTF-8 text, or a CSV without captions.
-    """
-    if not file.is_file():
-        raise DataError("no such file of prompts", where=file)
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError("the file of prompts is not UTF-8 text", where=file, got=error) from None
-    if file.suffix.lower() != ".csv":
-        return [line.strip() for line in text.split("\n") if line.strip()]
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    if not rows or "caption" not in rows[0]:
-        raise DataError(
-            "this CSV has no captions",
-            where=file,
-            got=", ".join(str(name) for name in rows[0]) if rows else "no rows",
-            allowed="a header with a column caption",
-        )
-    captions = [(row["caption"] or "").strip() for row in rows]
-    if not all(captions):
-        raise DataError("a row of this CSV has no caption", where=file, got=f"row {captions.index('') + 1}")
-    return captions

@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from bkd.data.shapes import SIDE, SPLITS, WORLD_VERSION, Split, render, scene, scenes
-from bkd.data.shapes_checker import ATTRIBUTES, Verdict, check
+from bkd.data.shapes import SIDE, SPLITS, WORLD_VERSION, Split, scene, scenes
+from bkd.data.shapes_checker import ATTRIBUTES, Verdict, check, rendered
 from bkd.errors import DataError, one_of
 from bkd.eval.candidates import Named
 from bkd.eval.fidelity import FeatureStatistics, fid
@@ -92,8 +90,7 @@ class ShapesScorer:
     def reference(self, split: str) -> FeatureStatistics:
         """Features of renders."""
         drawn = (scene(cast(Split, split), index, seed=REFERENCE_SEED) for index in range(NUM_REFERENCE))
-        pixels = torch.from_numpy(np.stack([render(s) for s in drawn])).permute(0, 3, 1, 2).contiguous()
-        return FeatureStatistics.of(shapes_features(self._features, pixels))
+        return FeatureStatistics.of(shapes_features(self._features, rendered(drawn)))
 
     def shapes_fid(self, pixels: Tensor, reference: FeatureStatistics) -> dict[str, Any]:
         """Frechet distance of images, (N, 3, 32, 32), uint8, by the embedded features."""

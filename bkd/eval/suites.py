@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from bkd.errors import DataError
 from bkd.eval.candidates import Named
 from bkd.eval.fidelity import TooFewImagesError
 from bkd.eval.images import ImageFolder, Saving
@@ -60,15 +59,3 @@ def or_skipped(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def skipped(reason: str) -> dict[str, Any]:
     """In place of a metric that could not run."""
     return {"skipped": reason}
-
-
-def require_prompts(prompts: Sequence[str]) -> None:
-    """Refuse an empty list.
-
-    Raises:
-        DataError: With what to give.
-    """
-    if not prompts:
-        raise DataError(
-            "no prompts", remedy="add --prompts FILE, with one prompt a line; bkd sample also takes --prompt TEXT"
-        )
