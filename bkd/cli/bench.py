@@ -63,17 +63,27 @@ def speed_(
     prepare()
     from bkd.cli.speed_view import show_speed
     from bkd.eval.candidates import name_candidates
-    from bkd.eval.speed import bench_speed, plan_speed
+    from bkd.eval.speed import SpeedWish, bench_speed, require_possible
     from bkd.models import device_named
     from bkd.output_folder import require_free
     from bkd.report.speed_chart import write_speed_report
 
-    wish = plan_speed(part, batch, mode, dtype, rounds, num_inference_steps, guidance_scale, device)
+    usual, where = SpeedWish(), device_named(device)
+    wish = SpeedWish(
+        parts=tuple(part or usual.parts),
+        batches=tuple(batch or usual.batches),
+        modes=tuple(mode or usual.modes),
+        dtypes=tuple(dtype or usual.dtypes),
+        rounds=rounds,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+    )
+    require_possible(wish, where)
     if output is not None:
         require_free(output, overwrite=overwrite, marker="speed.json")
     named = [model for model in name_candidates(models, teacher) if model.pruned_like is None]
     with progress_view() as view:
-        report = bench_speed(named, wish, device_named(device), memory=memory, phase=view.phase, progress=view.update)
+        report = bench_speed(named, wish, where, memory=memory, phase=view.phase, progress=view.update)
     show_speed(report)
     if output is not None:
         write_speed_report(report, output)

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,12 @@ from bkd.errors import ModelError, one_of
 from bkd.eval.candidates import Named, load_candidate
 from bkd.eval.peak_memory import measure_peak
 from bkd.model_folder import parts_of, prompt_length, unet_config, weight_files
-from bkd.models import describe_device, device_named, dtype_named
+from bkd.models import describe_device, dtype_named
 from bkd.progress import Phase, Progress
 from bkd.surgery.probe import as_arguments, unet_inputs
 
-Part = Literal["unet", "pipeline"]
-Mode = Literal["eager", "compiled"]
-PARTS: tuple[Part, ...] = ("unet", "pipeline")
-MODES: tuple[Mode, ...] = ("eager", "compiled")
+PARTS = ("unet", "pipeline")
+MODES = ("eager", "compiled")
 WARM_UPS = 2
 PROMPT = "a photo of a small house by the sea"
 
@@ -47,9 +45,9 @@ class SpeedWish:
         guidance_scale: Of the pipeline; above 1 every step evaluates the UNet twice.
     """
 
-    parts: tuple[Part, ...] = PARTS
+    parts: tuple[str, ...] = PARTS
     batches: tuple[int, ...] = (1, 8)
-    modes: tuple[Mode, ...] = ("eager",)
+    modes: tuple[str, ...] = ("eager",)
     dtypes: tuple[str, ...] = ("float32",)
     rounds: int = 10
     num_inference_steps: int = 25
@@ -57,53 +55,35 @@ class SpeedWish:
 
     def cases(self, dtype: str) -> list[Case]:
         """Those of one dtype: eager ones first, because compiling cannot be undone."""
-        return [Case(p, b, m, dtype) for m, p, b in itertools.product(self.modes, self.parts, self.batches)]
+        modes = [mode for mode in MODES if mode in self.modes]
+        return [Case(p, b, m, dtype) for m, p, b in itertools.product(modes, self.parts, self.batches)]
 
 
 @dataclass(frozen=True)
 class Case:
     """One kind of call."""
 
-    part: Part
+    part: str
     batch: int
-    mode: Mode
+    mode: str
     dtype: str
 
     def __str__(self) -> str:
         return f"{self.part}, batch {self.batch}, {self.mode}, {self.dtype}"
 
 
-def plan_speed(
-    parts: Sequence[str] | None,
-    batches: Sequence[int] | None,
-    modes: Sequence[str] | None,
-    dtypes: Sequence[str] | None,
-    rounds: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    device: str | None,
-) -> SpeedWish:
-    """What was asked for, or the usual where nothing was said.
+def require_possible(wish: SpeedWish, device: torch.device) -> None:
+    """Refuse what cannot be measured, before anything is loaded.
 
     Raises:
         ModelError: If a word is unknown, or the device does not compute in a dtype.
     """
-    usual = SpeedWish()
-    for word in parts or ():
+    for word in wish.parts:
         one_of(word, PARTS, kind="part", error=ModelError)
-    for word in modes or ():
+    for word in wish.modes:
         one_of(word, MODES, kind="mode", error=ModelError)
-    for word in dtypes or ():
-        dtype_named(word, device_named(device))
-    return SpeedWish(
-        parts=tuple(part for part in PARTS if part in (parts or usual.parts)),
-        batches=tuple(batches or usual.batches),
-        modes=tuple(mode for mode in MODES if mode in (modes or usual.modes)),
-        dtypes=tuple(dtypes or usual.dtypes),
-        rounds=rounds,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-    )
+    for word in wish.dtypes:
+        dtype_named(word, device)
 
 
 def bench_speed(
