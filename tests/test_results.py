@@ -1,5 +1,7 @@
 """The experiment of `make results`: which runs it has, and what its page says of them."""
 
+import csv
+import io
 import sys
 from pathlib import Path
 
@@ -85,3 +87,12 @@ def test_a_page_without_its_place_is_left_alone(tmp_path):
         page.read_page(tmp_path / "results.md")
     (tmp_path / "results.md").write_text("before\n<!-- experiment -->\nold\n<!-- /experiment -->\nafter\n")
     assert page.read_page(tmp_path / "results.md") == ("before\n", "\nafter\n")
+
+
+def test_figures_of_every_seed_can_be_read_by_others():
+    right = np.zeros(sum(runs.NUM_PROMPTS.values()), bool)
+    right[: runs.NUM_PROMPTS["test"]] = True
+    cells = {("sd-tiny", "task loss", 25): {0: page.Drawn(right, 1.5), 2: page.Drawn(~right, 2.0)}}
+    first, second = csv.DictReader(io.StringIO(page.figures(cells)))
+    assert first["held out (%)"] == "0.00" and second["held out (%)"] == "100.00" and second["seed"] == "2"
+    assert first["all prompts (%)"] == "62.50" and (first["steps"], first["shapes-FID"]) == ("25", "1.5000")

@@ -3,12 +3,15 @@
     python tools/results_page.py RUNS -o docs [--seeds 3] [--partial]
 
 Replaces what stands between the lines `<!-- experiment -->` and `<!-- /experiment -->` of results.md, and nothing else
-of that page. Charts go into images/ beside it. With --partial it makes do with the runs that are there.
+of that page. Charts go into images/ beside it, the figures of every seed into results.csv. With --partial it makes do
+with the runs that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import itertools
 import sys
 import textwrap
@@ -175,6 +178,7 @@ def setup_text(seeds: int, teacher: Drawn | None, floor: Interval) -> list[str]:
         f"(seeds and prompts drawn anew, {NUM_RESAMPLES:,} times), of so few seeds rather too narrow than too wide.",
         f"Shapes-FID: of {every} images, from {NUM_REFERENCE:,} renders; less is better. Mean over seeds; in brackets "
         f"the least and the greatest. {every} fresh renders, {len(FLOOR_SEEDS)} times: {shown(floor, 2)}.{known}",
+        "Every network that was drawn with, seed by seed: [results.csv](results.csv).",
     ]
 
 
@@ -254,6 +258,18 @@ def chart(path: Path, cells: Cells, student: str, floor: Interval) -> str:
     return f"![{student}: caption accuracy and shapes-FID over steps, a line for each way to train](images/{path.name})"
 
 
+def figures(cells: Cells) -> str:
+    """A line for every network that was drawn with, as CSV: percent of prompts drawn right, and shapes-FID."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["student", "method", "steps", "seed", *(f"{kind} (%)" for kind in kinds()), "shapes-FID"])
+    for (student, name, step), found in cells.items():
+        for seed, drawn in found.items():
+            right = [f"{100 * drawn.correct[kept].mean():.2f}" for kept in kinds().values()]
+            writer.writerow([student, name, step, seed, *right, f"{drawn.distance:.4f}"])
+    return text.getvalue()
+
+
 def read_page(page: Path) -> tuple[str, str]:
     """What stands before and after the section."""
     text = page.read_text(encoding="utf-8")
@@ -293,6 +309,7 @@ def main() -> None:
         parts += [f"### {student}", picture, *tables(cells, student)]
     parts += differences_text(cells)
     wrapped = [part if part[0] in "|!#" else textwrap.fill(part, 120, break_on_hyphens=False) for part in parts]
+    write_atomically(args.output / "results.csv", figures(cells))
     write_atomically(page, "\n\n".join([before + BEGIN, *wrapped, END + after]))
 
 
