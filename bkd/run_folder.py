@@ -80,6 +80,17 @@ class RunFolder:
         return self.path / "checkpoints" / f"{stage:02d}"
 
     def recipe(self) -> Recipe:
+        """What the run trains.
+
+        Raises:
+            OutputError: If it is not there.
+        """
+        if not self.recipe_file.is_file():
+            raise OutputError(
+                "half of a run: run.json, and no recipe.yaml",
+                where=self.path,
+                remedy="train it anew, or name the folder of its student",
+            )
         return load_recipe(str(self.recipe_file))
 
     def facts(self) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def test_missing_tensors_are_never_random(clip_folder, tmp_path):
 def test_a_weight_file_needs_the_name_of_its_architecture(clip_folder):
     with pytest.raises(DataError, match="--clip-architecture"):
         load_clip(clip_folder / "open_clip_model.safetensors")
+    with pytest.raises(DataError, match="did you mean 'RN50"):
+        load_clip(clip_folder / "open_clip_model.safetensors", architecture="RN5O")
     with pytest.raises(DataError, match="do not fit the CLIP"):
         load_clip(clip_folder / "open_clip_model.safetensors", architecture="RN50")
 

@@ -15,6 +15,7 @@ from torch import nn
 from bkd.data.prompts import read_prompts
 from bkd.data.shapes import scenes
 from bkd.data.shapes_checker import rendered
+from bkd.errors import DataError
 from bkd.eval.fidelity import FeatureStatistics
 from bkd.eval.generate import Drawing
 from bkd.eval.images import ImageFolder, Saving, read_pixels
@@ -202,7 +203,8 @@ def test_published_statistics_and_their_images_give_the_same_fid(tmp_path, monke
         ("gone.npz", lambda p: None, "no such file of reference statistics"),
         ("small.npz", lambda p: np.savez(p, mu=np.zeros(64), sigma=np.eye(64)), "got: 64 features"),
         ("wide", lambda p: save_image(p / "a.png", (32, 48)), "1 of 1 images: 1 of 32 x 48"),
-        ("text", lambda p: save_text(p / "a.png"), "a reference image cannot be read"),
+        ("text", lambda p: save_text(p / "a.png"), "image cannot be read"),
+        ("cut", lambda p: save_half_an_image(p / "a.png"), "image cannot be read"),
     ],
 )
 def test_references_that_cannot_be_used_are_refused(bkd, tmp_path, prompts_file, inception_file, name, make, message):
@@ -216,6 +218,12 @@ def test_references_that_cannot_be_used_are_refused(bkd, tmp_path, prompts_file,
 def save_image(path, size):
     path.parent.mkdir()
     Image.new("RGB", size).save(path)
+
+
+def save_half_an_image(path):
+    path.parent.mkdir()
+    Image.effect_noise((32, 32), 50).save(path)
+    path.write_bytes(path.read_bytes()[:600])
 
 
 def save_text(path):
@@ -234,6 +242,8 @@ def save_text(path):
         (("--suite", "prompts", "--prompts", "P", "--clip", "."), "a CLIP folder without weights"),
         (("--suite", "prompts", "--prompts", "P", "--inception", "x"), "no InceptionV3 weights there"),
         (("--suite", "prompts", "--prompts", "P", "--inception", "P"), "weights cannot be read"),
+        (("--suite", "prompts", "--prompts", "P", "--clip-architecture", "RN50"), "got: no --clip"),
+        (("--suite", "prompts"), "--prompts FILE"),
         (("--rng", "bk"), "unknown rng 'bk'"),
         (("--dtype", "half"), "unknown dtype 'half'"),
         (("--dtype", "float16"), "float16 needs a GPU"),
@@ -270,6 +280,18 @@ def test_a_run_that_is_still_training_is_refused(bkd, tmp_path):
     (run / LOCK_FILE).write_text(json.dumps(holder))
     code, printed = bkd("eval", run)
     assert code == 1 and "another process" in printed and not (run / "eval").exists()
+
+
+def test_half_of_a_run_is_refused(bkd, tmp_path):
+    run = unfinished_run(tmp_path, "done")
+    (run / "recipe.yaml").unlink()
+    code, printed = bkd("eval", run)
+    assert code == 1 and "half of a run" in printed and "student" in printed and not (run / "eval").exists()
+
+
+def test_one_model_by_two_names_is_refused(bkd, tmp_path, teacher_folder):
+    code, printed = bkd("eval", teacher_folder, teacher_folder / ".." / teacher_folder.name, "-o", tmp_path / "out")
+    assert code == 1 and "the same model is named twice" in printed and not (tmp_path / "out").exists()
 
 
 def test_a_student_without_weights_is_refused(bkd, tmp_path, teacher_folder):
@@ -316,5 +338,13 @@ def test_prompts_come_from_lines_or_a_column(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffone\n\n two \n", encoding="utf-8")
     (tmp_path / "b.csv").write_text("id,text\n1,one\n")
     assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
-    with pytest.raises(Exception, match="this CSV has no captions"):
-        read_prompts(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("id,caption\n")
+    (tmp_path / "d.csv").write_text("id,caption\n1,\n")
+    for name, message in {
+        "b.csv": "this CSV has no captions\n *got: id, text",
+        "c.csv": "holds no prompt\n *got: a header and no rows",
+        "d.csv": "a row of this CSV has no caption",
+        ".": "no such file of prompts\n *got: a folder",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            read_prompts(tmp_path / name)

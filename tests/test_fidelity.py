@@ -118,6 +118,11 @@ def test_a_bootstrap_of_a_mean_has_the_error_of_the_mean():
     assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.1)
 
 
+def test_one_image_has_a_value_and_no_interval():
+    found = mean_of([0.25])
+    assert (found.value, found.low, found.high, found.num_images) == (0.25, None, None, 1)
+
+
 def test_a_jackknife_of_a_mean_has_the_error_of_the_mean():
     values = np.random.default_rng(0).normal(5, 2, size=400)
     found = jackknife(lambda chosen: float(values[chosen].mean()), 400, num_resamples=500)
@@ -142,7 +147,7 @@ def test_the_intervals_of_fid_and_kid_are_as_wide_as_figures_vary():
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (lambda: fid(OURS[:32], FeatureStatistics.of(REAL), num_resamples=2), "32 images are too few"),
+        (lambda: fid(OURS[:32], FeatureStatistics.of(REAL), num_resamples=2), "32 images are too few.*: 37 are needed"),
         (lambda: kid(OURS[:900], REAL), "subsets of 1,000"),
         (lambda: kid(OURS, REAL[:900]), "900 of the reference"),
         (lambda: inception_score(OURS[:19], num_resamples=2), "10 splits need two each"),
@@ -154,11 +159,18 @@ def test_too_few_images_are_refused(metric, message):
 
 
 @pytest.mark.parametrize(
-    "arrays", [{"mu": np.zeros(3)}, {"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, {"mu": [np.nan], "sigma": [[1.0]]}]
+    ("arrays", "got"),
+    [
+        ({"mu": np.zeros(3)}, "arrays mu"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"mu \(3,\), sigma \(2, 2\)"),
+        ({"mu": [np.nan], "sigma": [[1.0]]}, "not finite"),
+        ({"mu": np.zeros(2), "sigma": [[1.0, 0.5], [0.0, 1.0]]}, "not symmetric"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "negative variances"),
+    ],
 )
-def test_other_files_are_no_statistics(tmp_path, arrays):
+def test_other_files_are_no_statistics(tmp_path, arrays, got):
     np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(DataError, match="no reference statistics"):
+    with pytest.raises(DataError, match=rf"no reference statistics(?s:.*)got: .*{got}"):
         FeatureStatistics.load(tmp_path / "x.npz")
 
 
@@ -167,5 +179,5 @@ def test_statistics_never_run_code(tmp_path):
     with pytest.raises(DataError, match="no reference statistics"):
         FeatureStatistics.load(tmp_path / "x.npz")
     (tmp_path / "y.npz").write_bytes(b"not an archive")
-    with pytest.raises(DataError, match="no reference statistics"):
+    with pytest.raises(DataError, match=r"no reference statistics(?s:.*)got: another kind of file"):
         FeatureStatistics.load(tmp_path / "y.npz")

@@ -77,8 +77,10 @@ def _share(proportion: dict[str, Any] | None) -> str:
 
 
 def _value(metric: dict[str, Any]) -> str:
-    """`12.3 ± 0.4`, the half width of the 95 % interval."""
+    """`12.3 ± 0.4`, the half width of the 95 % interval; one image has none."""
     if "value" not in metric:
         return "-"
+    if metric["low"] is None:
+        return f"{metric['value']:.4g}"
     half = (metric["high"] - metric["low"]) / 2
     return f"{metric['value']:.4g} ± {half:.2g}"

@@ -9,6 +9,7 @@ import typer
 
 from bkd.cli.console import console, prepare, progress_view
 
+MAX_PROMPTS = 1_000_000
 Steps = Annotated[Optional[int], typer.Option(min=1, max=1000, help="Denoising steps; a run knows its own.")]
 Guidance = Annotated[
     Optional[float], typer.Option(min=1, help="Classifier-free guidance, 1 for none; a run knows its own.")
@@ -31,7 +32,7 @@ def sample(
     from bkd.eval.sample import drawing_settings, sample_to_folder
 
     texts = ([prompt] if prompt else []) + (read_prompts(prompts) if prompts else [])
-    require_prompts(texts)
+    require_prompts(texts, remedy="add --prompt TEXT, or --prompts FILE with one prompt a line")
     steps, guidance = drawing_settings(model, num_inference_steps, guidance_scale)
     with progress_view() as view:
         written = sample_to_folder(model, texts, output, steps, guidance, seed, overwrite, view.update)
@@ -46,7 +47,9 @@ def eval_(
     teacher: Annotated[Optional[str], typer.Option(help="Reference model; a run names its own.")] = None,
     suite: Annotated[str, typer.Option(help="shapes, prompts or coco30k; see docs/evaluation.md.")] = "shapes",
     prompts: Annotated[Optional[Path], typer.Option(help="Text file, one a line, or .csv with a caption.")] = None,
-    num_prompts: Annotated[Optional[int], typer.Option(min=1, help="The first so many; shapes: of each split.")] = None,
+    num_prompts: Annotated[
+        Optional[int], typer.Option(min=1, max=MAX_PROMPTS, help="The first so many; shapes: of each split.")
+    ] = None,
     split: Annotated[Optional[list[str]], typer.Option(help="Of suite shapes: test, novel, val or train.")] = None,
     reference: Annotated[Optional[Path], typer.Option(help="Folder of real images, or pytorch-fid's .npz.")] = None,
     inception: Annotated[Optional[Path], typer.Option(help="Weight file of FID's InceptionV3.")] = None,
@@ -56,7 +59,9 @@ def eval_(
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
     seed: Annotated[Optional[int], typer.Option(min=0, help="Of the starting noise; default 0.")] = None,
-    rng: Annotated[str, typer.Option(help="per-image, or bksdm: one generator for all, seed 1234.")] = "per-image",
+    rng: Annotated[
+        str, typer.Option(help="per-image, or bksdm: one generator for all, default seed 1234.")
+    ] = "per-image",
     dtype: Annotated[str, typer.Option(help="What models compute in: float32, bfloat16 or float16.")] = "float32",
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images at a time, on a GPU.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a report of other models or settings.")] = False,

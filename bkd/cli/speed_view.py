@@ -36,11 +36,12 @@ def show_speed(report: dict[str, Any]) -> None:
         for model in report["models"]
         for place, (name, case) in enumerate(model["cases"].items())
     ]
-    title = (
-        f"{settings['rounds']} rounds in turns; pipeline: {settings['num_inference_steps']} steps,"
-        f" guidance {settings['guidance_scale']:g}"
-    )
-    title += "; peak memory: of the process, libraries included" if report["device"].startswith("cpu") else ""
+    cases = [case for model in report["models"] for case in model["cases"].values()]
+    title = f"{settings['rounds']} rounds in turns"
+    if "pipeline" in settings["parts"]:
+        title += f"; pipeline: {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
+    if report["device"].startswith("cpu") and any("memory" in case for case in cases):
+        title += "; peak memory: of the process, libraries included"
     header = ("model", "call", "median s", "90 % s", "speed-up", "peak MiB")
     console.print(table(title, header, rows, left=(0, 1)))
     for model in report["models"]:

@@ -11,6 +11,8 @@ from bkd.data.metadata import caption_of
 from bkd.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+ALLOWED = "a text file with a prompt on each line, or a .csv with a column caption"
+AS_UTF8 = "save it as UTF-8"
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -20,40 +22,49 @@ def read_prompts(path: Path) -> list[str]:
         DataError: If there is no such file, or it is not UTF-8, or holds no prompt, or a row of a CSV has none.
     """
     if not path.is_file():
-        raise DataError("no such file of prompts", where=path, allowed="a text file with a prompt on each line")
+        raise DataError(
+            "no such file of prompts", where=path, got="a folder" if path.is_dir() else None, allowed=ALLOWED
+        )
     data = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
     lines = [(number, caption_of(line)) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
     if bad := next((number for number, text in lines if text is None), None):
-        raise DataError("prompts must be UTF-8", where=path, got=f"other bytes in line {bad}")
+        raise DataError("prompts must be UTF-8", where=path, got=f"other bytes in line {bad}", remedy=AS_UTF8)
     if not lines:
-        raise DataError("the file holds no prompt", where=path, allowed="a prompt on each line")
+        raise DataError("the file holds no prompt", where=path, allowed=ALLOWED)
     if path.suffix.lower() == ".csv":
         return _captions(path, data.decode("utf-8"))
     return [text for _, text in lines if text]
 
 
 def _captions(path: Path, text: str) -> list[str]:
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    if not rows or "caption" not in rows[0]:
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    columns, rows = [str(name) for name in table.fieldnames or ()], list(table)
+    if "caption" not in columns:
         raise DataError(
-            "this CSV has no captions",
-            where=path,
-            got=", ".join(str(name) for name in rows[0]) if rows else "no rows",
-            allowed="a header with a column caption",
+            "this CSV has no captions", where=path, got=", ".join(columns), allowed="a header with a column caption"
         )
     captions = [(row["caption"] or "").strip() for row in rows]
+    if not captions:
+        raise DataError("the file holds no prompt", where=path, got="a header and no rows", allowed="a prompt a row")
     if not all(captions):
-        raise DataError("a row of this CSV has no caption", where=path, got=f"row {captions.index('') + 1}")
+        raise DataError(
+            "a row of this CSV has no caption",
+            where=path,
+            got=f"row {captions.index('') + 1}",
+            remedy="take the row out, or write its caption",
+        )
     return captions
 
 
-def require_prompts(prompts: Sequence[str]) -> None:
+def require_prompts(prompts: Sequence[str], *, remedy: str) -> None:
     """Refuse an empty list.
 
+    Args:
+        prompts: As given.
+        remedy: How this command is told of some.
+
     Raises:
-        DataError: With what to give.
+        DataError: With the remedy.
     """
     if not prompts:
-        raise DataError(
-            "no prompts", remedy="add --prompts FILE, with one prompt a line; bkd sample also takes --prompt TEXT"
-        )
+        raise DataError("no prompts", remedy=remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -42,8 +43,9 @@ def find_clip_weights(clip: Path, *, example: str) -> Path:
         raise DataError(
             "several weight files, and it is not clear which" if found else "a CLIP folder without weights",
             where=clip,
-            got=", ".join(path.name for path in found) or ", ".join(sorted(path.name for path in clip.iterdir())),
+            got=", ".join(path.name for path in found or sorted(clip.iterdir())) or "an empty folder",
             allowed=" or ".join(WEIGHT_FILES),
+            remedy="give the path of the one that is meant" if found else f"download {example}",
         )
     return found[0]
 
@@ -70,7 +72,9 @@ def read_tensors(file: Path, *, remedy: str | None = None) -> dict[str, Tensor]:
             # and executes no code; anything else in the file is an error.
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files make readers raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # torch's own sentence would advise to let the file run code.
+        reason = "not tensors alone" if isinstance(error, UnpicklingError) else str(error) or type(error).__name__
+        reason = reason.strip().splitlines()[0]
         raise DataError("weights cannot be read", where=file, got=reason, remedy="download the file again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise DataError("a weight file must hold named tensors and nothing else", where=file)

@@ -60,7 +60,8 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
             found.append(Named(f"teacher of {label}" if found else "teacher", original))
         found += [Named(f"{label} untrained", original, pruned_like=folder), Named(label, folder)]
     names = [named.name for named in found]
-    if len(set(names)) < len(names):
+    places = {(named.folder.resolve(), named.pruned_like) for named in found}
+    if min(len(set(names)), len(places)) < len(found):
         raise ModelError("the same model is named twice", got=", ".join(names), remedy="name each model once")
     return found
 

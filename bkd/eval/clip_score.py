@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from bkd.data.weight_files import CONFIG_FILE, find_clip_weights, read_tensors
-from bkd.errors import DataError
+from bkd.errors import DataError, suggest
 from bkd.files import file_digest
 
 BATCH = 50
@@ -91,10 +91,11 @@ def load_clip(clip: Path, *, architecture: str | None = None) -> ClipScorer:
         name = str(architecture)
         _check_config(open_clip.get_model_config(name) or {}, name)
     else:
+        near = suggest(architecture, open_clip.list_models()) if architecture else ""
+        unknown = f"unknown architecture '{architecture}'{near}"
         raise DataError(
-            "a weight file does not say its architecture",
+            unknown if architecture else "a weight file does not say its architecture",
             where=clip,
-            got=architecture,
             allowed=f"a name of open_clip, such as {BKSDM_CLIP} or ViT-L-14-quickgelu (OpenAI's weights)",
             remedy=f"--clip-architecture NAME, or give the folder that holds {CONFIG_FILE}, too",
         )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 
 from bkd.errors import DataError
-from bkd.eval.statistics import LEFT_OUT, jackknife, mean_of_blocks, num_kept
+from bkd.eval.statistics import jackknife, mean_of_blocks, num_kept
 
 SHUFFLE_SEED = 2020
 """torch-fidelity's."""
@@ -57,23 +58,16 @@ class FeatureStatistics:
             DataError: If the file is no such file.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma")}
+            mean, covariance = _mean_and_covariance(path)
+            _check(mean, covariance)
         except Exception as error:  # damaged archives make numpy raise nearly anything
             raise DataError(
                 "no reference statistics",
                 where=path,
                 got=str(error) or type(error).__name__,
                 allowed="an .npz with mu (D,) and sigma (D, D), as pytorch-fid --save-stats writes it",
+                remedy="save or download it again, or give a folder of images",
             ) from None
-        mean, covariance = found["mu"], found["sigma"]
-        if mean.dim() != 1 or covariance.shape != 2 * mean.shape or not all(t.isfinite().all() for t in found.values()):
-            raise DataError(
-                "no reference statistics",
-                where=path,
-                got=f"mu {tuple(mean.shape)}, sigma {tuple(covariance.shape)}, or numbers that are not finite",
-                allowed="mu (D,) and sigma (D, D), all finite",
-            )
         return FeatureStatistics(mean, covariance)
 
     @property
@@ -86,6 +80,25 @@ class FeatureStatistics:
         values, vectors = torch.linalg.eigh(self.covariance)
         root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         return root
+
+
+def _mean_and_covariance(path: Path) -> tuple[Tensor, Tensor]:
+    if not is_zipfile(path):
+        raise ValueError("another kind of file")
+    with np.load(path, allow_pickle=False) as arrays:
+        if not {"mu", "sigma"} <= set(arrays.files):
+            raise ValueError(f"arrays {', '.join(arrays.files)}")
+        mean, covariance = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
+    return mean, covariance
+
+
+def _check(mean: Tensor, covariance: Tensor) -> None:
+    if mean.dim() != 1 or covariance.shape != 2 * mean.shape:
+        raise ValueError(f"mu {tuple(mean.shape)}, sigma {tuple(covariance.shape)}")
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError("numbers that are not finite")
+    if not torch.allclose(covariance, covariance.T, atol=1e-6) or covariance.diagonal().min() < 0:
+        raise ValueError("a sigma that is no covariance: not symmetric, or with negative variances")
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
@@ -122,9 +135,9 @@ def fid(features: Tensor, reference: FeatureStatistics, *, num_resamples: int) -
     """
     count, size = features.shape
     if num_kept(count) <= size:
+        needed = next(number for number in range(size, 2 * size + 2) if num_kept(number) > size)
         raise TooFewImagesError(
-            f"{count:,} images are too few for a covariance of {size:,} features: "
-            f"about {size / (1 - LEFT_OUT):,.0f} are needed"
+            f"{count:,} images are too few for a covariance of {size:,} features: {needed:,} are needed"
         )
     features = features.double()
 

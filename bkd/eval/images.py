@@ -24,6 +24,7 @@ IDENTITY_FILE = "drawn.json"
 IMAGE_FOLDER = re.compile(r"[A-Za-z0-9._-]*-[0-9a-f]{12}")
 """Names of the folders that are made here."""
 BATCH = 50
+ALLOWED = "a whole JPEG, PNG or WebP file"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ def read_pixels(path: Path, side: int | None = None) -> Tensor:
         image = open_image(path.read_bytes())
     except (DataError, OSError) as error:
         got = error.got if isinstance(error, DataError) else error
-        raise DataError("image cannot be read", where=path, got=got, remedy="delete the file and try again") from None
+        raise DataError(
+            "image cannot be read", where=path, got=got, allowed=ALLOWED, remedy="replace it, or move it away"
+        ) from None
     if side and image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
 import torch
@@ -124,7 +125,7 @@ def load_inception(weights: Path) -> Inception:
         raise DataError(
             "not the weights of FID's InceptionV3",
             where=weights,
-            got=problem[min(1, len(problem) - 1)].strip()[:200],
+            got=shorten(problem[min(1, len(problem) - 1)], 200, placeholder=" …"),
             allowed=WHERE,
             remedy="torchvision's Inception has other layers and gives other figures",
         ) from None

@@ -52,7 +52,7 @@ class PromptsSuite:
     clip_architecture: str | None = None
 
     def __post_init__(self) -> None:
-        require_prompts(self.texts)
+        require_prompts(self.texts, remedy="add --prompts FILE, with one prompt a line")
 
     def prompts(self) -> list[str]:
         return list(self.texts)

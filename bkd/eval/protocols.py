@@ -65,12 +65,13 @@ def plan_suite(wish: Wish) -> Suite:
     _require_fitting(wish)
     if wish.suite == "shapes":
         usual = ShapesSuite()
-        return ShapesSuite(wish.num_prompts or usual.num_prompts, wish.splits or usual.splits)
+        splits = tuple(dict.fromkeys(wish.splits)) or usual.splits
+        return ShapesSuite(wish.num_prompts or usual.num_prompts, splits)
     published = Saving("jpeg", BKSDM_SIDE) if wish.suite == "coco30k" else Saving(side=wish.resize)
     if wish.suite == "coco30k" and wish.prompts is None:
         raise DataError(
             "suite coco30k needs its prompts",
-            allowed="a CSV file with a column caption: metadata.csv of BK-SDM's mscoco_val2014_30k",
+            allowed="metadata.csv of BK-SDM's mscoco_val2014_30k, or any file of prompts",
             remedy="--prompts FILE; docs/evaluation.md says where to get it, and the reference statistics",
         )
     texts = read_prompts(wish.prompts) if wish.prompts else []
@@ -114,6 +115,10 @@ def _require_fitting(wish: Wish) -> None:
     given = [name for name, value in of_prompts.items() if value is not None] if wish.suite == "shapes" else []
     given += ["--split"] if wish.splits and wish.suite != "shapes" else []
     given += ["--resize"] if wish.resize and wish.suite == "coco30k" else []
+    if wish.clip_architecture is not None and wish.clip is None and not given:
+        raise DataError(
+            "--clip-architecture says what --clip holds", got="no --clip", remedy="add --clip FILE, or leave it out"
+        )
     if given:
         raise DataError(
             f"suite {wish.suite} does not take {', '.join(given)}",

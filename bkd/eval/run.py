@@ -141,7 +141,8 @@ def evaluate(evaluation: Evaluation, *, overwrite: bool, phase: Phase, progress:
         _refuse(evaluation.report_file, known, settings, digests)
     require_writable(evaluation.output)
     parallel = start_parallel("ddp")
-    # Looks at all inputs; the others would load what they never use.
+    phase("looking at the inputs")
+    # All of them; other processes would load what they never use.
     scorer = evaluation.suite.scorer(evaluation.candidates) if parallel.is_main else None
     drawn = [_drawn(evaluation, candidate, parallel, phase, progress) for candidate in evaluation.candidates]
     if parallel.kind != "alone":
@@ -191,13 +192,17 @@ def _known_report(path: Path) -> dict[str, Any]:
 
 
 def _refuse(path: Path, known: Mapping[str, Any], settings: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    before = {**known["settings"], **{f"model '{name}'": digest[:12] for name, digest in known["digests"].items()}}
-    now = {**settings, **{f"model '{name}'": digest[:12] for name, digest in digests.items()}}
+    before, now = known["settings"], settings
     changed = [
         f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
+    for name in [*known["digests"], *(name for name in digests if name not in known["digests"])]:
+        if name not in digests or name not in known["digests"]:
+            changed.append(f"'{name}' is measured {'there' if name not in digests else 'here'} only")
+        elif digests[name] != known["digests"][name]:
+            changed.append(f"'{name}' is another model there")
     raise OutputError(
         "the output folder holds a report of other models or settings",
         where=path,

@@ -58,20 +58,17 @@ class Estimate:
 
     Attributes:
         value: Of all images.
-        low: Lower end.
+        low: Lower end; None for one image, which says nothing of others.
         high: Upper end.
         num_images: N.
         num_resamples: That the interval comes from.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     num_images: int
     num_resamples: int
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 def jackknife(
@@ -103,9 +100,10 @@ def num_kept(num_images: int) -> int:
 def mean_of(values: Sequence[float], *, num_resamples: int = 1000, seed: int = 0) -> Estimate:
     """The mean of one number per image, with a bootstrap interval (Efron & Tibshirani 1993, chapter 13)."""
     array, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
+    if len(array) == 1:
+        return Estimate(float(array[0]), None, None, 1, 0)
     found = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(num_resamples)]
-    deviation = float(np.std(found, ddof=1)) if len(array) > 1 else float("nan")
-    return _around(float(array.mean()), Z * deviation, len(array), num_resamples)
+    return _around(float(array.mean()), Z * float(np.std(found, ddof=1)), len(array), num_resamples)
 
 
 def mean_of_blocks(value: float, blocks: Sequence[float], num_images: int) -> Estimate:

@@ -65,10 +65,11 @@ def _number(value: object) -> str:
 
 
 def _estimate(metric: Mapping[str, Any]) -> str:
-    """A value and its interval, or why there is none."""
+    """A value, with its interval where it has one, or why there is none."""
     if "skipped" in metric:
         return f"skipped: {metric['skipped']}"
-    return f"{metric['value']:.4g} ({metric['low']:.4g} to {metric['high']:.4g})"
+    interval = "" if metric["low"] is None else f" ({metric['low']:.4g} to {metric['high']:.4g})"
+    return f"{metric['value']:.4g}{interval}"
 
 
 def _view(run: RunFolder) -> RunView:
