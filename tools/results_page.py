@@ -291,11 +291,12 @@ def main() -> None:
     trials = [run.drawn(runs.TRIAL_STEPS) for run in runs.trials(args.runs)]
     wanted = [teacher, *trials, *plan]
     there, drawn = [path for path in wanted if path.is_file()], {}
+    of_trials = runs.prompts(runs.TRIAL_PROMPTS)
     state = f"{len(wanted) - len(there)} of {len(wanted)} files of images are missing"
     if len(there) < len(wanted) and not args.partial:
         raise SystemExit(f"{args.runs}: {state}; finish tools/results_runs.py, or add --partial")
     for number, path in enumerate(there, 1):
-        drawn[path] = measure(path, prompts(runs.TRIAL_PROMPTS) if path in trials else prompts())
+        drawn[path] = measure(path, of_trials if path in trials else prompts())
         print(f"\r{number}/{len(there)} files", end="" if number < len(there) else "\n", file=sys.stderr, flush=True)
     cells: Cells = {}
     for path, (cell, seed) in plan.items():
