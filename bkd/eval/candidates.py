@@ -46,11 +46,13 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
         ModelError: If a model does not exist, or a run's teacher is not the one that was named.
     """
     found = [Named("teacher", locate(teacher))] if teacher is not None else []
+    given: set[Path] = set()
     for model, label in zip(models, _labels(models), strict=True):
         run = RunFolder(Path(model))
         if run.facts_file.is_file():
             _require_finished(run)
         folder = locate(model)
+        given.add(folder.resolve())
         if not run.facts_file.is_file():
             found.append(Named(label, folder))
             continue
@@ -60,8 +62,7 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
             found.append(Named(f"teacher of {label}" if found else "teacher", original))
         found += [Named(f"{label} untrained", original, pruned_like=folder), Named(label, folder)]
     names = [named.name for named in found]
-    places = {(named.folder.resolve(), named.pruned_like) for named in found}
-    if min(len(set(names)), len(places)) < len(found):
+    if len(set(names)) < len(found) or len(given) < len(models):
         raise ModelError("the same model is named twice", got=", ".join(names), remedy="name each model once")
     return found
 
