@@ -251,7 +251,8 @@ def save_text(path):
     ],
 )
 def test_wishes_that_cannot_be_met_are_refused(bkd, tmp_path, monkeypatch, prompts_file, arguments, message):
-    monkeypatch.chdir(tmp_path / "..")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("a.png")  # of the reference "."
     given = [prompts_file if argument == "P" else argument for argument in arguments]
     out = tmp_path / "out"
     code, printed = bkd("eval", "shapes", *given, "-o", out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 from collections.abc import Sequence
@@ -10,9 +11,7 @@ from pathlib import Path
 from bkd.data.metadata import caption_of
 from bkd.errors import DataError
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ALLOWED = "a text file with a prompt on each line, or a .csv with a column caption"
-AS_UTF8 = "save it as UTF-8"
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -25,10 +24,11 @@ def read_prompts(path: Path) -> list[str]:
         raise DataError(
             "no such file of prompts", where=path, got="a folder" if path.is_dir() else None, allowed=ALLOWED
         )
-    data = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     lines = [(number, caption_of(line)) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
     if bad := next((number for number, text in lines if text is None), None):
-        raise DataError("prompts must be UTF-8", where=path, got=f"other bytes in line {bad}", remedy=AS_UTF8)
+        got = f"other bytes in line {bad}"
+        raise DataError("prompts must be UTF-8", where=path, got=got, remedy="save it as UTF-8")
     if not lines:
         raise DataError("the file holds no prompt", where=path, allowed=ALLOWED)
     if path.suffix.lower() == ".csv":

@@ -142,7 +142,7 @@ def evaluate(evaluation: Evaluation, *, overwrite: bool, phase: Phase, progress:
     require_writable(evaluation.output)
     parallel = start_parallel("ddp")
     phase("looking at the inputs")
-    # All of them; other processes would load what they never use.
+    # On the first process, and before anything is drawn; the others would load what they never use.
     scorer = evaluation.suite.scorer(evaluation.candidates) if parallel.is_main else None
     drawn = [_drawn(evaluation, candidate, parallel, phase, progress) for candidate in evaluation.candidates]
     if parallel.kind != "alone":
