@@ -18,7 +18,7 @@ from bkd.model_folder import native_resolution
 from bkd.models import describe_device, load_pipeline
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
-from bkd.stage import build_method
+from bkd.stage_setup import build_method
 from bkd.surgery.plan import RemovalPlan
 from bkd.training.checkpoint import Checkpoint, Checkpoints
 from bkd.training.fit import READ_EVERY, Events, Fit

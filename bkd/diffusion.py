@@ -7,13 +7,13 @@ no float64 at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+from bkd.prediction_type import PredictionType
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class NoiseSchedule:
         squared = alphas_cumprod.detach().to("cpu", torch.float64)
         return cls(squared.sqrt(), (1 - squared).sqrt(), prediction_type)
 
+    def predicting(self, prediction_type: PredictionType) -> NoiseSchedule:
+        """The same schedule, for a model that predicts something else."""
+        return replace(self, prediction_type=prediction_type)
+
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas)
@@ -54,18 +58,62 @@ class NoiseSchedule:
         alpha, sigma = self._at(timesteps, like=latents)
         return alpha * noise - sigma * latents  # v, equation in section 4 of arXiv:2202.00512
 
+    def conversion(self, timesteps: Tensor, to: PredictionType) -> tuple[Tensor, Tensor]:
+        """Factors a, b with which a prediction p of this schedule's type says the same in another: a p + b z.
+
+        Args:
+            timesteps: (B,), int64.
+            to: The other type.
+
+        Returns:
+            Two tensors (B, 1, 1, 1), float32, of float64 arithmetic. Not finite where the prediction does not say what
+            is asked for: an epsilon without signal (alpha = 0), clean latents without noise (sigma = 0).
+
+        Source:
+            x = (z - sigma eps) / alpha = alpha z - sigma v: arXiv:2202.00512, section 4.
+        """
+        index = timesteps.to("cpu")
+        alpha, sigma = self.alphas[index], self.sigmas[index]
+        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+        factors: dict[tuple[PredictionType, PredictionType], tuple[Tensor, Tensor]] = {
+            ("epsilon", "v_prediction"): (1 / alpha, -sigma / alpha),
+            ("epsilon", "sample"): (-sigma / alpha, 1 / alpha),
+            ("v_prediction", "epsilon"): (alpha, sigma),
+            ("v_prediction", "sample"): (-sigma, alpha),
+            ("sample", "epsilon"): (-alpha / sigma, 1 / sigma),
+            ("sample", "v_prediction"): (-1 / sigma, alpha / sigma),
+        }
+        a, b = factors.get((self.prediction_type, to), (one, zero))
+        return a.float().reshape(-1, 1, 1, 1), b.float().reshape(-1, 1, 1, 1)
+
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Weight of a sample's squared error, (B,), float32: min(SNR, gamma) on the clean latents' error.
 
         Source:
             Hang et al. 2023, arXiv:2303.09556, equations 7 and 8; SNR = alpha^2 / sigma^2.
         """
+        return self._error_weight(timesteps, lambda alpha, sigma: torch.minimum(alpha, gamma * sigma))
+
+    def truncated_snr_weight(self, timesteps: Tensor) -> Tensor:
+        """Weight of a sample's squared error, (B,), float32: max(SNR, 1) on the clean latents' error.
+
+        Source:
+            Salimans & Ho 2022, arXiv:2202.00512, section 4.
+        """
+        return self._error_weight(timesteps, torch.maximum)
+
+    def _error_weight(self, timesteps: Tensor, of_x: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Weight of a prediction's squared error, from that of the clean latents' error.
+
+        Args:
+            timesteps: (B,), int64.
+            of_x: From alpha^2 and sigma^2 to the latter weight times sigma^2, which is finite where the SNR is not.
+        """
         index = timesteps.to("cpu")
-        alpha, sigma = self.alphas[index], self.sigmas[index]
-        bounded = torch.minimum(alpha.square(), gamma * sigma.square())  # min(SNR, gamma) sigma^2
+        alpha, sigma = self.alphas[index].square(), self.sigmas[index].square()
         # An error of x is one of eps times sigma / alpha, and one of v times sigma.
-        of_type = {"epsilon": alpha.square(), "v_prediction": torch.ones_like(alpha), "sample": sigma.square()}
-        return torch.nan_to_num(bounded / of_type[self.prediction_type], nan=1.0).float()
+        of_type = {"epsilon": alpha, "v_prediction": torch.ones_like(alpha), "sample": sigma}
+        return torch.nan_to_num(of_x(alpha, sigma) / of_type[self.prediction_type], nan=1.0).float()
 
     def _at(self, timesteps: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
         index = timesteps.to("cpu")

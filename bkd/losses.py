@@ -61,17 +61,16 @@ def task_loss(model_pred: Tensor, target: Tensor, weights: Tensor | None = None)
         arXiv:2305.15798, L_Task.
     """
     _require_same_shape(model_pred, target, "task loss")
-    if weights is None:
-        return F.mse_loss(model_pred.float(), target.float())
-    return (weights * _per_sample(model_pred, target)).mean()
+    return _mean_squared_error(model_pred, target, weights)
 
 
-def output_kd_loss(student_pred: Tensor, teacher_pred: Tensor) -> Tensor:
+def output_kd_loss(student_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error between the outputs of student and teacher UNet.
 
     Args:
         student_pred: (B, C, H, W), any float dtype; reduced in float32.
         teacher_pred: Same shape. Gradients never flow into it.
+        weights: As for `task_loss`.
 
     Returns:
         Scalar, float32.
@@ -80,7 +79,7 @@ def output_kd_loss(student_pred: Tensor, teacher_pred: Tensor) -> Tensor:
         arXiv:2305.15798, L_OutKD.
     """
     _require_same_shape(student_pred, teacher_pred, "output KD")
-    return F.mse_loss(student_pred.float(), teacher_pred.detach().float())
+    return _mean_squared_error(student_pred, teacher_pred.detach(), weights)
 
 
 def feature_kd_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], *, balanced: bool = False) -> list[Tensor]:
@@ -116,6 +115,12 @@ def feature_kd_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], *, b
         else:
             losses.append(F.mse_loss(ours.float(), theirs.float()))
     return losses
+
+
+def _mean_squared_error(prediction: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return F.mse_loss(prediction.float(), target.float())
+    return (weights * _per_sample(prediction, target)).mean()
 
 
 def _per_sample(prediction: Tensor, target: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
-from bkd.diffusion import NoiseSchedule, PredictionType
+from bkd.diffusion import NoiseSchedule
 from bkd.errors import ModelError, one_of
 from bkd.model_folder import is_inpainting, is_sdxl, parts_of, unet_config
+from bkd.prediction_type import PredictionType
 from bkd.unet_weights import check_unet_weights
 
 
@@ -96,9 +97,9 @@ def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def place_teacher(pipe: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Put what a training step runs on the device: UNet and text encoders. The autoencoder stays where it is."""
-    for name in ("unet", "text_encoder", "text_encoder_2"):
+def place_encoders(pipe: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Put a pipeline's text encoders on the device."""
+    for name in ("text_encoder", "text_encoder_2"):
         if (part := pipe.components.get(name)) is not None:
             part.to(device, dtype)
 

@@ -19,6 +19,7 @@ from bkd.data.shards import NewSample, Record, to_record
 from bkd.environment import Place
 from bkd.eval.generate import MAX_BATCH, generate
 from bkd.files import cache_folder
+from bkd.guidance import pipeline_scale
 from bkd.locate import locate
 from bkd.model_folder import model_digest, native_resolution
 from bkd.models import best_device, load_pipeline
@@ -84,6 +85,7 @@ def generate_shards(
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "num_prompts": len(prompts),
     }
+    pipeline_scale(teacher, drawing.guidance_scale, teacher)  # refused before anything is made
     num_shards = -(-len(prompts) // drawing.per_shard)
     output = open_output_set(folder, "generate", num_shards, settings, place=place, overwrite=overwrite)
     sizes = [len(range(len(prompts))[_slice(n, drawing)]) for n in range(num_shards)]
@@ -147,7 +149,7 @@ def _generate_shard(
                 pipe,
                 [prompts[index] for index in chunk],
                 num_inference_steps=drawing.num_inference_steps,
-                guidance_scale=drawing.guidance_scale,
+                guidance_scale=pipeline_scale(teacher, drawing.guidance_scale, teacher),
                 seed=drawing.seed,
                 first=chunk[0],
             )

@@ -40,6 +40,14 @@ class StepRng:
 
     def _generators(self, purpose: str) -> Iterator[torch.Generator]:
         for position in self._positions:
-            name = f"{self._seed}/{self._step}/{position}/{purpose}".encode()
-            value = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
-            yield self._generator.manual_seed(value)
+            yield self._generator.manual_seed(_seed_of(self._seed, self._step, position, purpose))
+
+
+def pass_seed(seed: int, step: int, part: int) -> int:
+    """Of the device's own generator during a pass: dropout inside adapters draws from it, and resumes with it."""
+    return _seed_of(seed, step, part, "pass")
+
+
+def _seed_of(*parts: object) -> int:
+    name = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1

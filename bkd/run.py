@@ -20,16 +20,17 @@ from bkd.environment import process_place
 from bkd.errors import ModelError, RecipeError
 from bkd.files import cache_folder
 from bkd.locate import locate
+from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config
 from bkd.models import best_device, describe_device, load_pipeline
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder, is_trained
 from bkd.stage import Job, Listener, StageRun, student_folder
+from bkd.stage_setup import plan_stage
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.sites import check_pairs
-from bkd.surgery.unet import plan_removal
 from bkd.training.checkpoint import newest_shapes, require_fitting
 from bkd.training.fit import require_enough
 from bkd.training.parallel import Parallel, start_parallel
@@ -75,10 +76,10 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
     require_trackers(recipe.train.trackers)
     share(recipe.train.batch, parts=recipe.train.grad_accum * process_place().world_size, part=0)
     config = unet_config(teacher)
-    plans = tuple(plan_removal(config, stage.student.blocks) for stage in recipe.stages)
+    plans = tuple(plan_stage(teacher, stage) for stage in recipe.stages)
     for stage, plan in zip(recipe.stages, plans, strict=True):
-        if stage.method.loss.feature_kd:
-            check_pairs(config, plan, plan.feature_pairs[stage.method.sites])
+        if (sites := stage.method.compared) is not None:
+            check_pairs(config, plan, plan.feature_pairs[sites])
     return teacher, plans
 
 
@@ -134,9 +135,12 @@ def check_forced(path: Path, recipe: Recipe, inputs: Inputs) -> None:
     """
     config = unet_config(inputs.teacher)
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
-        folder, all_train = RunFolder(path).checkpoints(number), stage.method.loss.reaches_all
+        folder, all_train = RunFolder(path).checkpoints(number), stage.method.reaches_all
         if theirs := newest_shapes(folder):
-            parameters = build_empty(config, plan).named_parameters()
+            student = build_empty(config, plan)
+            if stage.lora is not None:
+                add_adapters(student, stage.lora)
+            parameters = trained_tensors(student).items()
             ours = {name: tuple(p.shape) for name, p in parameters if all_train or name in theirs}
             require_fitting(theirs, ours, folder)
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
 
 from bkd.data.latent_set import LatentSet
 from bkd.eval.pictures import ValidationPictures
-from bkd.methods.base import Diffusion
-from bkd.methods.captions import caption_encoder
-from bkd.methods.kd import KnowledgeDistillation
-from bkd.models import load_noise_schedule, place_teacher, training_dtype, use_channels_last
+from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
+from bkd.lora.adapters import merged, trained_tensors, unshared
+from bkd.models import load_unet, training_dtype
 from bkd.progress import Progress, silent
 from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder
+from bkd.stage_setup import build_method, start_student, student_kind
 from bkd.student_folder import write_student
-from bkd.surgery.build import build_empty, build_student
 from bkd.surgery.plan import RemovalPlan
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events, Fit
@@ -89,18 +89,20 @@ class StageRun:
         self._job, self._number, self._plan, self._pipe = job, number, plan, pipe
         self._device = job.parallel.device
         self._dtype = training_dtype(job.recipe.train.mixed_precision)
-        self._pictures = ValidationPictures(pipe, job.recipe.samples, self._dtype, self._device)
+        self._stage = job.recipe.stages[number]
+        self._kind = student_kind(self._stage, job.teacher)
+        self._pictures = ValidationPictures(pipe, job.recipe.samples, self._dtype, self._device, self._kind)
         self._metrics = MetricsLog(job.run.metrics)
-        self._config = dict(pipe.unet.config)
 
     def train(self) -> None:
         """To the last step, and leave a student folder."""
         job = self._job
-        blocks = job.recipe.stages[self._number].student.blocks
-        job.listener.phase(f"training {blocks} on {job.parallel}")
+        job.listener.phase(f"training {self._stage.student} on {job.parallel}")
+        if job.parallel.is_main and (job.parallel.kind == "fsdp2" or self._stage.method.name == "finetune"):
+            # In shards it could draw only with all processes together, and what is fine-tuned is no longer the same.
+            self._pictures.draw_teacher()
         method = build_method(job.recipe, self._number, self._plan, self._pipe, job.teacher, self._device)
-        if job.parallel.is_main and job.parallel.kind == "fsdp2":
-            self._pictures.draw_teacher()  # in shards it could draw only with all processes together
+        self._student = method.trainable
         started = time.monotonic()
         with Trackers(job.recipe.train.trackers, self._tracked()) as self._trackers:
             fit = Fit(
@@ -142,6 +144,9 @@ class StageRun:
 
     def _on_resume(self, step: int) -> None:
         self._trackers.start(step)
+        if self._stage.lora is not None and self._stage.lora.share_base:
+            copies = unshared(self._student, self._pipe.unet, self._plan)
+            assert not copies, f"weights that should be the teacher's are copies: {copies[:3]}"
         if not self._job.parallel.is_main:
             return
         self._metrics.rewind(self._number, step)
@@ -152,6 +157,11 @@ class StageRun:
         if not self._job.parallel.is_main:
             return
         self._job.listener.step(report)
+        if report.step == 1 and self._kind.prediction_type:
+            self._job.listener.phase(
+                f"the student predicts {self._kind.prediction_type} with weights that did not: loss {report.total:.4g} "
+                "before the first update"
+            )
         every = self._job.recipe.train.log_every
         if report.trouble or report.step % every == 0 or report.step in (1, report.max_steps):
             self._metrics.write(self._number, report)
@@ -165,12 +175,15 @@ class StageRun:
                 yield student if self._job.parallel.is_main else None
             return
         weights = fit.average_in_full()
-        if weights is None:
-            yield None
-            return
-        student = build_empty(self._config, self._plan)
-        student.load_state_dict(weights, assign=True)
-        yield student.eval()
+        yield None if weights is None else self._rebuilt(weights)
+
+    def _rebuilt(self, trained: Mapping[str, Tensor]) -> UNet2DConditionModel:
+        """The student as it started, on the CPU, with what has trained since."""
+        student = start_student(load_unet(self._job.teacher), self._plan, self._stage, self._job.recipe.seed)
+        with torch.no_grad():
+            for name, tensor in trained.items():
+                student.get_parameter(name).copy_(tensor)
+        return student.eval()
 
     def _draw(self, fit: Fit, name: str) -> None:
         """Teacher | student for each validation prompt, from the same noise."""
@@ -187,53 +200,29 @@ class StageRun:
             if student is None:
                 return
             job.listener.phase("writing and reloading the student")
-            facts = {
-                "teacher": job.recipe.teacher.id,
-                "teacher_digest": job.run.facts()["teacher_digest"],
-                "steps": job.recipe.train.max_steps,
-            }
-            output = student_folder(job.run, job.recipe, self._number)
-            student.to("cpu", memory_format=torch.contiguous_format)
-            write_student(output, teacher=job.teacher, unet=student, plan=self._plan, facts=facts)
+            self._write(student)
             job.listener.phase("drawing validation pictures")
             self._save_pictures("final", student)
+
+    def _write(self, student: UNet2DConditionModel) -> None:
+        """The stage's student, and its adapter where it has one."""
+        job, digest = self._job, str(self._job.run.facts()["teacher_digest"])
+        output = student_folder(job.run, job.recipe, self._number)
+        if self._stage.lora is None:
+            stock = student.to("cpu", memory_format=torch.contiguous_format)
+        else:
+            trained = {name: tensor.detach().cpu() for name, tensor in trained_tensors(student).items()}
+            adapter = Adapter(trained, self._stage.lora, self._plan, digest)
+            adapter.save(output.parent / ADAPTER_FILE)
+            stock = merged(self._rebuilt(trained))  # onto the teacher's weights as they are stored
+        facts = {"teacher": job.recipe.teacher.id, "teacher_digest": digest, "steps": job.recipe.train.max_steps}
+        write_student(output, teacher=job.teacher, unet=stock, plan=self._plan, kind=self._kind, facts=facts)
 
     def _add_seconds(self, seconds: float) -> None:
         """Training time of the stage, over all the calls it took."""
         if self._job.parallel.is_main:
             name = f"stage_{self._number:02d}_seconds"
             self._job.run.record(**{name: round(self._job.run.facts().get(name, 0.0) + seconds, 1)})
-
-
-def build_method(
-    recipe: Recipe, number: int, plan: RemovalPlan, pipe: StableDiffusionPipeline, teacher: Path, device: torch.device
-) -> KnowledgeDistillation:
-    """What a stage learns, with its networks on the device.
-
-    Args:
-        recipe: As validated.
-        number: Of the stage.
-        plan: How the student comes from the teacher.
-        pipe: The teacher, in float32 on the CPU; its UNet and text encoders take the dtype of the forward passes.
-        teacher: Its folder.
-        device: To train on.
-    """
-    train, method = recipe.train, recipe.stages[number].method
-    dtype = training_dtype(train.mixed_precision)
-    student = build_student(pipe.unet, plan).to(device)
-    place_teacher(pipe, dtype, device)
-    for unet in (pipe.unet, student):
-        use_channels_last(unet, train.channels_last, dtype, device)
-    diffusion = Diffusion(
-        schedule=load_noise_schedule(teacher),
-        scaling_factor=pipe.vae.config.scaling_factor,
-        captions=caption_encoder(pipe),
-        prompt_dropout=train.prompt_dropout,
-        min_snr_gamma=method.loss.min_snr_gamma,
-        random_conditioning=method.random_conditioning,
-    )
-    pairs = plan.feature_pairs[method.sites]
-    return KnowledgeDistillation(teacher=pipe.unet, student=student, diffusion=diffusion, pairs=pairs, loss=method.loss)
 
 
 def student_folder(run: RunFolder, recipe: Recipe, number: int) -> Path:

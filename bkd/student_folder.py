@@ -13,7 +13,8 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from bkd.errors import OutputError
-from bkd.model_folder import parts_of, weight_files
+from bkd.guidance import StudentKind
+from bkd.model_folder import parts_of, read_json, weight_files
 from bkd.proof import check_reload, probe_output
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan
 
@@ -57,18 +58,30 @@ def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts:
 
 
 def write_student(
-    folder: Path, *, teacher: Path, unet: UNet2DConditionModel, plan: RemovalPlan, facts: Mapping[str, Any]
+    folder: Path,
+    *,
+    teacher: Path,
+    unet: UNet2DConditionModel,
+    plan: RemovalPlan,
+    kind: StudentKind,
+    facts: Mapping[str, Any],
 ) -> None:
     """Write a trained student and prove that another process, without `bkd`, computes the same from it.
 
     Args:
         folder: As for `new_student_folder`; so are `teacher`, `plan` and `facts`.
         unet: The student, on the CPU.
+        kind: How it is used.
 
     Raises:
         ModelError: If the reloaded student computes something else.
     """
-    with new_student_folder(folder, teacher=teacher, plan=plan, facts=facts) as unfinished:
+    known = {"guidance": kind.guidance.facts() if kind.guidance else None}
+    with new_student_folder(folder, teacher=teacher, plan=plan, facts={**facts, **known}) as unfinished:
+        if kind.prediction_type is not None:
+            scheduler = unfinished / "scheduler" / "scheduler_config.json"
+            settings = {**read_json(scheduler), "prediction_type": kind.prediction_type}
+            scheduler.write_text(json.dumps(settings, indent=2) + "\n")
         unet.save_pretrained(unfinished / "unet", safe_serialization=True)
         check_reload(unfinished, probe_output(unet))
 

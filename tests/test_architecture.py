@@ -13,12 +13,12 @@ FILES = sorted((ROOT / "bkd").rglob("*.py"))
 
 LAYERS = [
     {"bkd", "errors", "environment", "files", "progress"},
-    {"diffusion", "losses", "hooks", "rng", "surgery", "cost"},
-    {"model_folder", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
+    {"prediction_type", "diffusion", "losses", "hooks", "rng", "surgery", "cost"},
+    {"model_folder", "guidance", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
     {"methods", "proof", "calibration", "caching"},
     {"run_folder", "run_lock", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
     {"training", "eval", "pregenerate"},
-    {"stage", "run", "bench"},
+    {"stage_setup", "stage", "run", "bench"},
     {"report"},
     {"cli", "__main__"},
 ]

@@ -8,7 +8,8 @@ from diffusers import UNet2DConditionModel
 from torch.autograd.graph import saved_tensors_hooks
 
 from bkd.recipe.load import load_recipe, written_train
-from bkd.recipe.schema import Loss, Method, Train
+from bkd.recipe.schema import Train
+from bkd.recipe.stages import Kd, Loss, Stage
 from bkd.surgery.build import build_empty
 from bkd.surgery.probe import as_arguments, unet_inputs
 from bkd.surgery.unet import plan_removal
@@ -51,17 +52,17 @@ def test_activations_are_counted_as_they_are_kept(config, checkpointing):
 
 def test_memory_of_a_real_pair():
     plan = plan_removal(SD1, "sd-small")
-    memory = training_memory(SD1, plan, Train(batch=1, ema=0.99, mixed_precision="bf16"), Method())
+    memory = training_memory(SD1, plan, Train(batch=1, ema=0.99, mixed_precision="bf16"), Stage())
     assert memory.parameters == 579_384_964
     assert memory.teacher == 2 * 859_520_964 and memory.student == memory.gradients == memory.average == 4 * 579_384_964
     assert memory.optimizer == 2 * memory.student and memory.checkpoint == 16 * 579_384_964
     assert 2**30 < memory.activations < 3 * 2**30
-    eight = training_memory(SD1, plan, Train(batch=1, optimizer="adamw-8bit", gradient_checkpointing=True), Method())
+    eight = training_memory(SD1, plan, Train(batch=1, optimizer="adamw-8bit", gradient_checkpointing=True), Stage())
     assert eight.optimizer == 2 * 579_384_964 and eight.average == 0 and eight.activations < memory.activations / 3
 
 
 def test_shards_and_passes_divide_what_a_process_holds():
-    plan, method = plan_removal(SMALL_SD1, "sd-tiny"), Method(loss=Loss(feature_kd=0.0))
+    plan, method = plan_removal(SMALL_SD1, "sd-tiny"), Stage(method=Kd(loss=Loss(feature_kd=0.0)))
     whole = training_memory(SMALL_SD1, plan, Train(batch=8), method)
     sharded = training_memory(SMALL_SD1, plan, Train(batch=8, parallel="fsdp2"), method, world_size=2)
     split = training_memory(SMALL_SD1, plan, Train(batch=8, grad_accum=2), method)
@@ -72,7 +73,7 @@ def test_shards_and_passes_divide_what_a_process_holds():
 
 @pytest.fixture(scope="module")
 def memory():
-    return training_memory(SMALL_SD1, plan_removal(SMALL_SD1, "sd-tiny"), Train(batch=8), Method())
+    return training_memory(SMALL_SD1, plan_removal(SMALL_SD1, "sd-tiny"), Train(batch=8), Stage())
 
 
 def test_a_sound_recipe_needs_no_advice(memory):

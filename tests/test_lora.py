@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bkd.errors import ModelError, OutputError, SurgeryError
 from bkd.inspection import lineage_of
-from bkd.lora import remap_lora
+from bkd.lora.remap import remap_lora
 from bkd.models import load_pipeline
 from bkd.prune import plan_pruning, prune
 from bkd.surgery.build import build_empty, build_student

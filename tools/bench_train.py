@@ -34,8 +34,9 @@ from bkd.bench import NUM_SAMPLES, SimulatedSamples, Unsaved, peak_bytes
 from bkd.eval.pictures import with_unet
 from bkd.locate import locate
 from bkd.models import best_device, load_pipeline, training_dtype
-from bkd.recipe.schema import Loss, Method, Recipe, Stage, Student, Train
-from bkd.stage import build_method
+from bkd.recipe.schema import Recipe, Train
+from bkd.recipe.stages import Kd, Loss, Stage, Student
+from bkd.stage_setup import build_method
 from bkd.surgery.build import build_student
 from bkd.surgery.unet import plan_removal
 from bkd.training.fit import Fit
@@ -91,7 +92,7 @@ def recipe_of(setting: Setting, loss: Loss, **keys: Any) -> Recipe:
         prompt_dropout=0.0,
     )
     train = replace(train, **keys)
-    return Recipe(train=train, stages=(Stage(student=Student(blocks=setting.blocks), method=Method(loss=loss)),))
+    return Recipe(train=train, stages=(Stage(student=Student(blocks=setting.blocks), method=Kd(loss=loss)),))
 
 
 class Ours:

@@ -38,7 +38,7 @@ from bkd.model_folder import model_digest
 from bkd.models import load_pipeline
 from bkd.recipe.load import load_recipe
 from bkd.run import check_inputs
-from bkd.stage import build_method
+from bkd.stage_setup import build_method
 from bkd.training.fit import Events, Fit
 from bkd.training.journal import StepReport
 from bkd.training.parallel import start_parallel

@@ -15,7 +15,7 @@ from bkd.surgery.plan import PLAN_FILE
 
 if TYPE_CHECKING:
     from bkd.importance import Selection
-    from bkd.lora import Remapped
+    from bkd.lora.remap import Remapped
     from bkd.prune import Pruning, Written
 
 Row = tuple[str, ...]

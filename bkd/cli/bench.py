@@ -47,7 +47,9 @@ def train_(
 def speed_(
     models: Annotated[list[str], typer.Argument(help="Runs, pipeline folders or Hub ids; the first is compared with.")],
     teacher: Annotated[Optional[str], typer.Option(help="Compared with instead; a run names its own.")] = None,
-    part: Annotated[Optional[list[str]], typer.Option(help="unet (one pass), pipeline; default both.")] = None,
+    part: Annotated[
+        Optional[list[str]], typer.Option(help="unet (one pass), step (guided), pipeline; default unet and pipeline.")
+    ] = None,
     batch: Annotated[Optional[list[int]], typer.Option(min=1, help="May be repeated; default 1 and 8.")] = None,
     mode: Annotated[Optional[list[str]], typer.Option(help="eager, compiled; default eager.")] = None,
     dtype: Annotated[Optional[list[str]], typer.Option(help="float32, bfloat16, float16; default float32.")] = None,

@@ -24,7 +24,10 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
     """
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
         memory = estimated(recipe, number, inputs.teacher, plan)
-        console.print(f"{stage.student.blocks}: {memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters")
+        trained = "" if memory.trained == memory.parameters else f", {memory.trained:,} trained beside frozen ones"
+        console.print(
+            f"{stage.student}: {memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters{trained}"
+        )
         rows = [[part, gib(size)] for part, size in memory.parts().items()]
         console.print("memory of a step's tensors; `bkd bench train` measures it with all that comes on top:")
         console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))
@@ -66,7 +69,7 @@ def estimated(recipe: Recipe, number: int, teacher: Path, plan: RemovalPlan) -> 
     from bkd.training.estimate import training_memory
 
     world = process_place().world_size
-    return training_memory(unet_config(teacher), plan, recipe.train, recipe.stages[number].method, world)
+    return training_memory(unet_config(teacher), plan, recipe.train, recipe.stages[number], world)
 
 
 def gib(size: int) -> str:

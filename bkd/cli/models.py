@@ -204,7 +204,7 @@ def remap(
     from bkd.cli.anatomy_view import show_remapped
     from bkd.inspection import lineage_of
     from bkd.locate import locate
-    from bkd.lora import remap_lora
+    from bkd.lora.remap import remap_lora
 
     folder = locate(student, revision=revision, weights=False)
     lineage = lineage_of(folder, locate(teacher, weights=False) if teacher else None)

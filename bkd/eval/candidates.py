@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from bkd.errors import ModelError
 from bkd.eval.pictures import with_unet
+from bkd.guidance import pipeline_scale
 from bkd.locate import locate
 from bkd.model_folder import model_digest
 from bkd.models import load_pipeline
@@ -38,6 +39,14 @@ class Named:
             return own
         return hashlib.sha256((own + load_plan(self.pruned_like).to_json()).encode()).hexdigest()
 
+    def pipeline_scale(self, asked: float) -> float:
+        """The `guidance_scale` to call its pipeline with.
+
+        Raises:
+            ModelError: If it draws guided in one pass, and not at that scale.
+        """
+        return pipeline_scale(self.folder, asked, self.name)
+
 
 def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
     """Resolve MODEL arguments; the teacher comes first and is the reference.
@@ -60,11 +69,19 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
         known = [named for named in found if named.folder == original and named.pruned_like is None]
         if not known:
             found.append(Named(f"teacher of {label}" if found else "teacher", original))
-        found += [Named(f"{label} untrained", original, pruned_like=folder), Named(label, folder)]
+        found += [*_untrained(f"{label} untrained", run, original, folder), Named(label, folder)]
     names = [named.name for named in found]
     if len(set(names)) < len(found) or len(given) < len(models):
         raise ModelError("the same model is named twice", got=", ".join(names), remedy="name each model once")
     return found
+
+
+def _untrained(name: str, run: RunFolder, teacher: Path, student: Path) -> list[Named]:
+    """What a run started from, where that is not its teacher itself."""
+    start = run.recipe().stages[0].student.path
+    if start is not None:
+        return [Named(name, locate(start))]
+    return [] if load_plan(student).changes_nothing else [Named(name, teacher, pruned_like=student)]
 
 
 def _require_finished(run: RunFolder) -> None:

@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bkd.eval.generate import generate
+from bkd.guidance import StudentKind
 from bkd.models import autocast
+from bkd.prediction_type import PredictionType
 from bkd.recipe.schema import Samples
 
 MIN_TILE = 128
@@ -22,12 +24,23 @@ GAP = 8
 LINE = 14
 
 
-def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The same pipeline with another UNet; nothing is copied."""
+def with_unet(
+    pipe: StableDiffusionPipeline, unet: UNet2DConditionModel, prediction_type: PredictionType | None = None
+) -> StableDiffusionPipeline:
+    """The same pipeline with another UNet; nothing is copied.
+
+    Args:
+        pipe: Stays as it is.
+        unet: The other one.
+        prediction_type: Of the other one, where it differs.
+    """
     settings = {name: pipe.config[name] for name in PIPELINE_SETTINGS if name in pipe.config}
     if isinstance(pipe, StableDiffusionXLPipeline):
         settings["add_watermarker"] = False
-    other: StableDiffusionPipeline = type(pipe)(**{**pipe.components, "unet": unet}, **settings)
+    parts = {**pipe.components, "unet": unet}
+    if prediction_type is not None:
+        parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction_type)
+    other: StableDiffusionPipeline = type(pipe)(**parts, **settings)
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -36,22 +49,28 @@ class ValidationPictures:
     """Teacher | student for each validation prompt, from the same noise; the teacher draws once.
 
     Args:
-        pipe: The teacher's pipeline; its autoencoder is on the device only while images are decoded.
+        pipe: The teacher's pipeline; what training does not need is on the device only while pictures are drawn.
         samples: What to draw, and how.
-        dtype: Of the teacher's UNet and text encoders.
+        dtype: Of the forward passes.
         device: To draw on.
+        kind: How the student is used.
     """
 
     def __init__(
-        self, pipe: StableDiffusionPipeline, samples: Samples, dtype: torch.dtype, device: torch.device
+        self,
+        pipe: StableDiffusionPipeline,
+        samples: Samples,
+        dtype: torch.dtype,
+        device: torch.device,
+        kind: StudentKind,
     ) -> None:
-        self._pipe, self._samples, self._dtype, self._device = pipe, samples, dtype, device
+        self._pipe, self._samples, self._dtype, self._device, self._kind = pipe, samples, dtype, device, kind
         self._teacher: Tensor | None = None
 
     def draw_teacher(self) -> None:
         """Now, rather than at the first picture."""
         if self._teacher is None and self._samples.prompts:
-            self._teacher = self._draw(self._pipe)
+            self._teacher = self._draw(self._pipe, self._samples.guidance_scale)
 
     def save(self, path: Path, student: UNet2DConditionModel) -> None:
         """Write one picture, where there are prompts."""
@@ -59,12 +78,19 @@ class ValidationPictures:
             return
         self.draw_teacher()
         assert self._teacher is not None
-        drawn = {"teacher": self._teacher, "student": self._draw(with_unet(self._pipe, student))}
+        scale = self._kind.pipeline_scale(self._samples.guidance_scale, "samples")
+        drawn = {
+            "teacher": self._teacher,
+            "student": self._draw(with_unet(self._pipe, student, self._kind.prediction_type), scale),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         side_by_side(drawn, self._samples.prompts).save(path)
 
-    def _draw(self, pipe: StableDiffusionPipeline) -> Tensor:
-        pipe.vae.to(self._device)
+    def _draw(self, pipe: StableDiffusionPipeline, guidance_scale: float) -> Tensor:
+        parts = (pipe.vae, pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
+        visitors = [part for part in parts if part is not None and part.device.type != self._device.type]
+        for part in visitors:
+            part.to(self._device)
         try:
             # The student's weights are float32, and so is the autoencoder, which may overflow in float16.
             with autocast(self._dtype, self._device):
@@ -72,10 +98,11 @@ class ValidationPictures:
                     pipe,
                     self._samples.prompts,
                     num_inference_steps=self._samples.num_inference_steps,
-                    guidance_scale=self._samples.guidance_scale,
+                    guidance_scale=guidance_scale,
                 )
         finally:
-            pipe.vae.to("cpu")
+            for part in visitors:
+                part.to("cpu")
 
 
 def side_by_side(columns: dict[str, Tensor], prompts: Sequence[str]) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -131,6 +131,8 @@ def evaluate(evaluation: Evaluation, *, overwrite: bool, phase: Phase, progress:
     Raises:
         BkdError: If an input does not fit, before anything is drawn.
     """
+    for candidate in evaluation.candidates:
+        candidate.pipeline_scale(evaluation.drawing.guidance_scale)
     digests = {candidate.name: candidate.digest for candidate in evaluation.candidates}
     settings = evaluation.settings()
     known = _known_report(evaluation.report_file)
@@ -227,7 +229,8 @@ def _drawn(
         return folder
     phase(f"drawing {len(share):,} of {len(prompts):,} prompts with {candidate.name}")
     pipe = load_candidate(candidate, evaluation.dtype, parallel.device)
-    images = draw(pipe, prompts, share, evaluation.drawing, batch_size=evaluation.batch_size)
+    drawing = replace(evaluation.drawing, guidance_scale=candidate.pipeline_scale(evaluation.drawing.guidance_scale))
+    images = draw(pipe, prompts, share, drawing, batch_size=evaluation.batch_size)
     for done, (number, image) in enumerate(images, 1):
         folder.add(number, image)
         progress(done, len(share))

@@ -9,7 +9,8 @@ from PIL import Image
 
 from bkd.data.shapes import EMBEDDED
 from bkd.eval.generate import generate
-from bkd.locate import locate
+from bkd.guidance import one_pass_guidance, pipeline_scale
+from bkd.locate import is_folder, locate
 from bkd.models import best_device, load_pipeline
 from bkd.output_folder import require_free
 from bkd.run_folder import RunFolder
@@ -28,6 +29,8 @@ def drawing_settings(
         usual = (samples.num_inference_steps, samples.guidance_scale)
     else:
         usual = EMBEDDED_DRAWING if EMBEDDED in (model, suite) else USUAL_DRAWING
+        if guidance is None and is_folder(model) and (known := one_pass_guidance(locate(model, weights=False))):
+            guidance = known.nearest(usual[1])
     return steps or usual[0], guidance or usual[1]
 
 
@@ -45,15 +48,16 @@ def sample_to_folder(
 
     Raises:
         OutputError: If the folder holds something and `overwrite` is off.
-        ModelError: If there is no such model.
+        ModelError: If there is no such model, or it has not learnt that guidance scale.
     """
     folder = locate(model)
+    pipeline_scale(folder, guidance_scale, model)
     require_free(output, overwrite=overwrite, marker="prompts.txt")
     images = generate(
         load_pipeline(folder, device=best_device()),
         prompts,
         num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=pipeline_scale(folder, guidance_scale, model),
         seed=seed,
         progress=progress,
     )

@@ -6,7 +6,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,14 @@ from bkd.environment import PACKAGES, installed_version
 from bkd.errors import ModelError, one_of
 from bkd.eval.candidates import Named, load_candidate
 from bkd.eval.peak_memory import measure_peak
+from bkd.guidance import pipeline_scale
 from bkd.model_folder import parts_of, prompt_length, unet_config, weight_files
 from bkd.models import describe_device, dtype_named
 from bkd.progress import Phase, Progress
 from bkd.surgery.probe import as_arguments, unet_inputs
 
-PARTS = ("unet", "pipeline")
+PARTS = ("unet", "step", "pipeline")
+USUAL_PARTS = ("unet", "pipeline")
 MODES = ("eager", "compiled")
 WARM_UPS = 2
 PROMPT = "a photo of a small house by the sea"
@@ -36,7 +38,9 @@ class SpeedWish:
     """What to measure: every combination of the lists.
 
     Attributes:
-        parts: `unet`: one forward pass of so many samples. `pipeline`: text, all steps with guidance, decoding.
+        parts: `unet`: one forward pass of so many samples. `step`: what the UNet does in one denoising step of so many
+            images: a pass of twice as many samples, for models that are guided by two. `pipeline`: text, all steps
+            with guidance, decoding.
         batches: Samples of a pass, or images of a pipeline call.
         modes: Eager, or through `torch.compile`.
         dtypes: By torch's names.
@@ -45,7 +49,7 @@ class SpeedWish:
         guidance_scale: Of the pipeline; above 1 every step evaluates the UNet twice.
     """
 
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = USUAL_PARTS
     batches: tuple[int, ...] = (1, 8)
     modes: tuple[str, ...] = ("eager",)
     dtypes: tuple[str, ...] = ("float32",)
@@ -109,8 +113,10 @@ def bench_speed(
         `device`, `versions`, `settings`, and for each model its size and, by case, its times and memory.
 
     Raises:
-        ModelError: If a dtype is none that the device computes in.
+        ModelError: If a dtype is none that the device computes in, or a model has not learnt the guidance scale.
     """
+    for model in models:
+        wish_for(model, wish)
     rows: list[dict[str, Any]] = [{"name": model.name, **size_of(model), "cases": {}} for model in models]
     for name in wish.dtypes:
         _time_dtype(rows, models, wish, name, device, phase, progress)
@@ -143,7 +149,7 @@ def _time_dtype(
         if case.mode == "compiled":
             _compile([pipe.unet for pipe in pipes])
         phase(f"{case}: first calls")
-        calls = [call_of(case, pipe, wish) for pipe in pipes]
+        calls = [call_of(case, pipe, wish_for(model, wish)) for model, pipe in zip(models, pipes, strict=True)]
         first = [_seconds(call, device) for call in calls]
         phase(str(case))
         times = take_turns(calls, wish.rounds, device, progress)
@@ -179,6 +185,15 @@ def take_turns(
     return times
 
 
+def wish_for(model: Named, wish: SpeedWish) -> SpeedWish:
+    """The wish with the `guidance_scale` that this model's pipeline is to be called with.
+
+    Raises:
+        ModelError: If the model draws guided in one pass, and not at that scale.
+    """
+    return replace(wish, guidance_scale=pipeline_scale(model.folder, wish.guidance_scale, model.name))
+
+
 def call_of(case: Case, pipe: StableDiffusionPipeline, wish: SpeedWish) -> Callable[[], object]:
     """What is timed."""
     if case.part == "pipeline":
@@ -187,7 +202,9 @@ def call_of(case: Case, pipe: StableDiffusionPipeline, wish: SpeedWish) -> Calla
         return lambda: pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt")
     unet, tokens = pipe.unet, pipe.text_encoder.config.max_position_embeddings
     one = unet_inputs(unet.config, side=unet.config.sample_size, num_tokens=tokens)
-    inputs = {name: tensor.expand(case.batch, *tensor.shape[1:]).to(pipe.device) for name, tensor in one.items()}
+    two_passes = case.part == "step" and wish.guidance_scale > 1 and unet.config.time_cond_proj_dim is None
+    count = case.batch * (2 if two_passes else 1)
+    inputs = {name: tensor.expand(count, *tensor.shape[1:]).to(pipe.device) for name, tensor in one.items()}
     inputs = {name: x.to(unet.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
     @torch.no_grad()
@@ -253,7 +270,7 @@ def _add_memory(
             models[number].folder,
             asdict(case),
             num_inference_steps=wish.num_inference_steps,
-            guidance_scale=wish.guidance_scale,
+            guidance_scale=wish_for(models[number], wish).guidance_scale,
             device=device,
         )
         rows[number]["cases"].setdefault(str(case), asdict(case))["memory"] = found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -28,7 +28,6 @@ class Method(Protocol):
 
     Attributes:
         trainable: The module whose parameters with `requires_grad` are optimised.
-        teacher: The frozen module.
         forward: Called in place of `trainable`; the loop puts its compiled, DDP or FSDP form here.
         forward_teacher: Called in place of `teacher`.
         needs_others: Whether `draw` wants captions of other samples of the step.
@@ -36,11 +35,15 @@ class Method(Protocol):
     """
 
     trainable: nn.Module
-    teacher: nn.Module
     forward: Callable[..., Any]
     forward_teacher: Callable[..., Any]
     needs_others: bool
     reaches_all: bool
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen module; None where nobody teaches."""
+        ...
 
     def draw(self, batch: CachedBatch, rng: StepRng) -> Any:
         """One pass's inputs, a dataclass of tensors on the CPU; all randomness comes from `rng`."""
@@ -53,6 +56,20 @@ class Method(Protocol):
     def watching(self) -> AbstractContextManager[None]:
         """Entered for as long as losses are computed: hooks are in place."""
         ...
+
+
+@contextmanager
+def teaching(device: torch.device) -> Iterator[None]:
+    """Around a teacher's passes: without gradients, in its own dtype."""
+    # no_grad, not inference_mode: what inference_mode returns cannot enter a loss. Without autocast, which would
+    # compute norms and softmax in float32 though the teacher's weights are not.
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Of its weights."""
+    return next(network.parameters()).dtype
 
 
 @dataclass(frozen=True)
@@ -77,19 +94,29 @@ class NoisyBatch:
     sizes: Tensor | None
     task_weights: Tensor | None
 
-    def predict(self, unet: Callable[..., Any], conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
+    def predict(
+        self,
+        unet: Callable[..., Any],
+        conditioning: Conditioning,
+        dtype: torch.dtype,
+        scale_embeds: Tensor | None = None,
+    ) -> Tensor:
         """A UNet's output for this batch, of the shape of the latents.
 
         Args:
             unet: A UNet2DConditionModel, or what is called in its place.
-            conditioning: What it is told besides.
+            conditioning: What it is told besides: as many samples as the batch has, or twice as many for two passes
+                over the batch in one.
             dtype: Of its floating-point inputs.
+            scale_embeds: (B, E), the embedded guidance scales, where it takes them.
         """
+        times = len(conditioning.prompt_embeds) // len(self.timesteps)
         added = {name: tensor.to(dtype) for name, tensor in conditioning.added.items()}
         output: Tensor = unet(
-            self.noisy_latents.to(dtype),
-            self.timesteps,
+            self.noisy_latents.to(dtype).repeat(times, 1, 1, 1),
+            self.timesteps.repeat(times),
             conditioning.prompt_embeds.to(dtype),
+            timestep_cond=None if scale_embeds is None else scale_embeds.to(dtype),
             added_cond_kwargs=added or None,
             return_dict=False,
         )[0]

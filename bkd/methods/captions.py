@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bkd.data.latent_set import Captions
 from bkd.model_folder import is_sdxl
+from bkd.surgery.probe import TIME_IDS
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class CaptionEncoder(Protocol):
         """
         ...
 
+    def unconditional(self, negative_prompt: str) -> Conditioning:
+        """What a pipeline tells the pass that guidance leads away from, for a batch of one; without sizes.
+
+        Args:
+            negative_prompt: Often empty.
+        """
+        ...
+
 
 def caption_encoder(pipe: Any) -> CaptionEncoder:
     """The encoder of a loaded pipeline, Stable Diffusion or SDXL."""
@@ -49,13 +58,17 @@ class StableDiffusionCaptions:
     """One encoder, whose last layer is used."""
 
     def __init__(self, pipe: Any) -> None:
-        self._encoder = pipe.text_encoder
-        self._empty = _empty_ids(pipe.tokenizer, pipe.text_encoder)
+        self._tokenizer, self._encoder = pipe.tokenizer, pipe.text_encoder
+        self._empty = _token_ids(self._tokenizer, self._encoder, "")
 
     @torch.no_grad()
     def __call__(self, captions: Captions, dropped: Tensor, sizes: Tensor | None) -> Conditioning:
         token_ids = torch.where(dropped[:, None], self._empty, captions.token_ids)
         return Conditioning(self._encoder(token_ids)[0], {})
+
+    def unconditional(self, negative_prompt: str) -> Conditioning:
+        ids = _token_ids(self._tokenizer, self._encoder, negative_prompt)
+        return self(Captions(ids), torch.zeros(1, dtype=torch.bool, device=ids.device), None)
 
 
 class SdxlCaptions:
@@ -65,11 +78,9 @@ class SdxlCaptions:
     """
 
     def __init__(self, pipe: Any) -> None:
+        self._tokenizers = (pipe.tokenizer, pipe.tokenizer_2)
         self._encoders = (pipe.text_encoder, pipe.text_encoder_2)
-        self._empty = (
-            _empty_ids(pipe.tokenizer, pipe.text_encoder),
-            _empty_ids(pipe.tokenizer_2, pipe.text_encoder_2),
-        )
+        self._empty = self._ids("")
         self._zeros = bool(pipe.config.force_zeros_for_empty_prompt)
 
     @torch.no_grad()
@@ -87,8 +98,21 @@ class SdxlCaptions:
             pooled = pooled.masked_fill(dropped[:, None], 0)
         return Conditioning(prompt_embeds, {"text_embeds": pooled, "time_ids": sizes})
 
+    def unconditional(self, negative_prompt: str) -> Conditioning:
+        first, second = self._ids(negative_prompt)
+        nothing = torch.tensor([negative_prompt == ""], device=first.device)
+        found = self(Captions(first, second), nothing, torch.zeros(1, TIME_IDS))
+        return Conditioning(found.prompt_embeds, {"text_embeds": found.added["text_embeds"]})
 
-def _empty_ids(tokenizer: Any, encoder: Any) -> Tensor:
-    """(1, L): the empty prompt, on its encoder's device."""
-    ids: Tensor = tokenizer([""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    def _ids(self, prompt: str) -> tuple[Tensor, Tensor]:
+        first, second = (
+            _token_ids(tokenizer, encoder, prompt)
+            for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True)
+        )
+        return first, second
+
+
+def _token_ids(tokenizer: Any, encoder: Any, prompt: str) -> Tensor:
+    """(1, L): a prompt, on its encoder's device."""
+    ids: Tensor = tokenizer([prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
     return ids.to(encoder.device)

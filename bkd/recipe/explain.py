@@ -19,7 +19,11 @@ EXPECTED = {
     "tuple_type": "a list",
     "dataclass_type": "a mapping of keys",
     "dict_type": "a mapping of keys",
+    "union_tag_not_found": "a mapping of keys",
 }
+
+
+SCALE = "guidance_scale"
 
 
 def explain(problem: Mapping[str, Any]) -> str:
@@ -28,10 +32,14 @@ def explain(problem: Mapping[str, Any]) -> str:
     Args:
         problem: Of `ValidationError.errors()`.
     """
-    location = [str(part) for part in problem["loc"]]
+    location = _location(problem["loc"])
     key, kind, got = ".".join(location), problem["type"], problem["input"]
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key{_instead_of(location)} (got {got!r})"
+        return f"{key}: unknown key{_instead_of(location, _method_of(problem['loc']))} (got {got!r})"
+    if kind == "union_tag_invalid":
+        return f"{key}.name: should be {problem['ctx']['expected_tags']} (got {problem['ctx']['tag']!r})"
+    if location[-1] == SCALE:
+        return f"{key}: should be a number, or a range of two: [low, high] (got {got!r})"
     if kind == "literal_error":
         allowed = problem["ctx"]["expected"]
         return f"{key}: should be {allowed} (got {got!r})"
@@ -42,7 +50,22 @@ def explain(problem: Mapping[str, Any]) -> str:
     return f"{key}: should be {EXPECTED.get(kind, problem['msg'])} (got {got!r})"
 
 
-def _instead_of(location: Sequence[str]) -> str:
+def _location(parts: Sequence[Any]) -> list[str]:
+    """The key's path, without the names that pydantic gives to alternatives: a method's, and the types of a scale."""
+    location = [str(part) for part in parts]
+    if "method" in location[:-1]:
+        location.pop(location.index("method") + 1)
+    if SCALE in location and "method" in location:
+        location = location[: location.index(SCALE) + 1]
+    return location
+
+
+def _method_of(parts: Sequence[Any]) -> str | None:
+    """Name of the method whose key it is."""
+    return str(parts[parts.index("method") + 1]) if "method" in parts[:-1] else None
+
+
+def _instead_of(location: Sequence[str], method: str | None) -> str:
     """What an unknown key was meant to be: one of its name elsewhere, or a similar one in its place."""
     *parents, word = location
     if "." in word:
@@ -50,6 +73,8 @@ def _instead_of(location: Sequence[str]) -> str:
     stage = next((part for part in parents if part.isdigit()), "0")
     keys = [key.replace(".0.", f".{stage}.").rpartition(".") for key in _all_keys(Recipe)]
     elsewhere = [f"{place}.{name}" for place, _, name in keys if name == word]
+    if ".".join(location) in elsewhere:
+        return f" of method '{method}'; it belongs to another"
     if elsewhere:
         return f"; did you mean '{elsewhere[0]}'?"
     here = ".".join(parents)
@@ -66,6 +91,7 @@ def _all_keys(settings: Any, prefix: str = "") -> list[str]:
         if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
             key, hint = f"{key}.0", typing.get_args(hint)[0]
         keys.append(key.removesuffix(".0"))
-        if dataclasses.is_dataclass(hint):
-            keys += _all_keys(hint, f"{key}.")
-    return keys
+        for section in (hint, *typing.get_args(hint)):  # alternatives, such as methods
+            if dataclasses.is_dataclass(section):
+                keys += _all_keys(section, f"{key}.")
+    return list(dict.fromkeys(keys))

@@ -18,6 +18,7 @@ from bkd.environment import shards_networks
 from bkd.errors import DataError, RecipeError, suggest
 from bkd.recipe.explain import explain
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe, Train
+from bkd.recipe.stages import Guided, Kd, Stage
 from bkd.surgery.presets import PRESET_NAMES, is_unknown_name, split_list
 
 REQUIRED = "???"
@@ -261,17 +262,49 @@ def _sharding_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
+def stage_conflicts(stage: Stage, recipe: Recipe) -> Iterator[str]:
+    """Of one stage; problems begin with the key's name in it."""
+    method, student = stage.method, stage.student
+    if student.path is not None and student.blocks is not None:
+        yield "student: give either blocks or path"
+    if not (method.reaches_all or method.compared):
+        yield "method.loss: at least one weight should not be 0"
+    if isinstance(method, Kd) and method.random_conditioning and recipe.train.batch < 2:
+        yield "method.random_conditioning: a batch of 1 has no other captions"
+    if isinstance(method, Guided):
+        yield from _guidance_problems(method, recipe)
+    if stage.lora is not None and stage.lora.share_base:
+        if student.path is not None:
+            yield (
+                "lora.share_base: the weights of student.path are not the teacher's; set it to false, or give "
+                "student.blocks"
+            )
+        if shards_networks(recipe.train.parallel):
+            yield (
+                "lora.share_base: shards of the networks would be no longer shared; use train.parallel=ddp, or "
+                "lora.share_base=false"
+            )
+
+
+def _guidance_problems(method: Guided, recipe: Recipe) -> Iterator[str]:
+    low, high = method.scales
+    if method.takes_scale and low >= high:
+        yield f"method.guidance_scale: a range goes up (got [{low:g}, {high:g}]); one scale is written as a number"
+    elif recipe.samples.prompts and not low <= recipe.samples.guidance_scale <= high:
+        allowed = f"{low:g} to {high:g}" if method.takes_scale else f"{low:g}"
+        yield (
+            f"method.guidance_scale: samples.guidance_scale={recipe.samples.guidance_scale:g} is not one that the "
+            f"student learns (allowed: {allowed})"
+        )
+
+
 def _conflicts(recipe: Recipe) -> list[str]:
     """Values that are fine by themselves and not together."""
     problems = _data_problems(recipe)
     if len(recipe.stages) != 1:
         problems.append(f"stages: should have exactly one stage (got {len(recipe.stages)})")
     for index, stage in enumerate(recipe.stages):
-        loss = stage.method.loss
-        if not (loss.task or loss.output_kd or loss.feature_kd):
-            problems.append(f"stages.{index}.method.loss: at least one weight should not be 0")
-        if stage.method.random_conditioning and recipe.train.batch < 2:
-            problems.append(f"stages.{index}.method.random_conditioning: a batch of 1 has no other captions")
+        problems += [f"stages.{index}.{problem}" for problem in stage_conflicts(stage, recipe)]
     if shards_networks(recipe.train.parallel):
         problems += _sharding_problems(recipe)
     if recipe.train.grad_accum > 0 and recipe.train.batch % recipe.train.grad_accum:

@@ -11,9 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from bkd.surgery.plan import Sites
-
-FORBID_UNKNOWN = ConfigDict(extra="forbid")
+from bkd.recipe.stages import FORBID_UNKNOWN, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,72 +115,6 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Student:
-    """The network to train.
-
-    Attributes:
-        blocks: Presets and units to remove, separated by commas; see `bkd inspect`.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
-    blocks: str = "sd-small"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """The three terms (arXiv:2305.15798).
-
-    Attributes:
-        task: Weight of the error against the diffusion target.
-        output_kd: Weight of the error against the teacher's output.
-        feature_kd: Weight of the errors against the teacher's activations.
-        balancing: `teacher-power` divides each site's error by the teacher's power there (arXiv:2404.11098).
-        min_snr_gamma: Min-SNR weighting of the task term (arXiv:2303.09556); 0 for none, 5 in the paper.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
-    task: float = 1.0
-    output_kd: float = 1.0
-    feature_kd: float = 1.0
-    balancing: Literal["none", "teacher-power"] = "none"
-    min_snr_gamma: float = 0.0
-
-    @property
-    def reaches_all(self) -> bool:
-        """Whether every parameter of a student has a gradient: features alone never reach its last layers."""
-        return bool(self.task or self.output_kd)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """What the student learns.
-
-    Attributes:
-        name: `kd`: task, output and feature distillation from the teacher.
-        loss: The terms and their weights.
-        sites: Where features are compared: after every `block`, at BK-SDM's sites (`bk`), after every `layer` (SSD-1B)
-            or every `self-attn` (KOALA); see docs/losses.md.
-        random_conditioning: Whether captions are swapped among the images of a step, at noisy timesteps mostly, for
-            the distillation terms (CVPR 2025).
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
-    name: Literal["kd"] = "kd"
-    loss: Loss = field(default_factory=Loss)
-    sites: Sites = "block"
-    random_conditioning: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One step of a recipe, which ends in a usable student."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
-    student: Student = field(default_factory=Student)
-    method: Method = field(default_factory=Method)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Samples:
     """Pictures drawn for people to look at, and how evaluation draws.
 
@@ -239,6 +171,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "stages.method.loss.output_kd": (0, 1e6),
     "stages.method.loss.feature_kd": (0, 1e6),
     "stages.method.loss.min_snr_gamma": (0, 1e6),
+    "stages.method.min_snr_gamma": (0, 1e6),
+    "stages.method.guidance_scale": (1, 1000),
+    "stages.lora.r": (1, 1e6),
+    "stages.lora.rank_pattern": (1, 1e6),
+    "stages.lora.lora_alpha": (1e-6, 1e6),
+    "stages.lora.lora_dropout": (0, 0.999),
     "train.max_skipped_steps": (1, 1e12),
     "samples.num_inference_steps": (1, 1000),
     "samples.guidance_scale": (1, 100),

@@ -22,7 +22,8 @@ def build_student(
         share_base: Make the student's parameters the teacher's own, frozen, instead of copies.
 
     Returns:
-        On the teacher's device and in its dtype; every tensor equals its mapped teacher tensor bit for bit.
+        On the teacher's device and in its dtype; every tensor equals its mapped teacher tensor bit for bit, or is one
+        of `plan.added` and zero.
 
     Raises:
         SurgeryError: If the built model does not have the planned configuration, or a tensor has no source.
@@ -35,6 +36,9 @@ def build_student(
     theirs = teacher.state_dict(keep_vars=share_base)
     state = {}
     for key, planned in student.state_dict().items():
+        if key in plan.added:
+            state[key] = torch.zeros(planned.shape, dtype=teacher.dtype, device=teacher.device)
+            continue
         source = plan.source_of(key)
         if source not in theirs or theirs[source].shape != planned.shape:
             found = f"shape {tuple(theirs[source].shape)}" if source in theirs else "no such tensor"
@@ -47,7 +51,10 @@ def build_student(
             )
         state[key] = theirs[source] if share_base else theirs[source].detach().clone()
     student.load_state_dict(state, strict=True, assign=True)
-    return student.requires_grad_(not share_base).eval()
+    student.requires_grad_(not share_base)
+    for key in plan.added:  # they are the student's own, whatever is shared
+        student.get_parameter(key).requires_grad_(True)
+    return student.eval()
 
 
 def build_empty(config: dict[str, Any], plan: RemovalPlan | None = None) -> UNet2DConditionModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ Sites = Literal["block", "bk", "layer", "self-attn"]
 (SSD-1B), or every self-attention (KOALA)."""
 
 PLAN_FILE = "bkd_plan.json"
+GUIDANCE_INPUT = "time_embedding.cond_proj.weight"
+"""The stock UNet's projection of the embedded guidance scale."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class RemovalPlan:
         overrides: Keyword arguments for `from_config`, read back from the built model and compared.
         renamed: Student module prefix -> teacher module prefix; what is not listed keeps its name.
         feature_pairs: For each choice of sites, the pairs from input to output.
+        added: Tensors that the teacher lacks; they start as zeros.
     """
 
     name: str
@@ -50,6 +53,24 @@ class RemovalPlan:
     feature_pairs: Mapping[Sites, tuple[FeaturePair, ...]]
     partners: tuple[str, ...] = ()
     removed_modules: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the student starts as its teacher's copy."""
+        return not self.overrides
+
+    def with_guidance_input(self, dim: int) -> RemovalPlan:
+        """The same student with an input for the guidance scale, which changes nothing until it is trained.
+
+        Args:
+            dim: Length of the scale's embedding.
+
+        Source:
+            Meng et al. 2022, arXiv:2210.03142, section 3.1: Fourier features of w, added to the timestep embedding.
+        """
+        overrides = {**self.overrides, "time_cond_proj_dim": dim}
+        return replace(self, overrides=overrides, added=(*self.added, GUIDANCE_INPUT))
 
     def source_of(self, student_key: str) -> str:
         """The teacher's name for a tensor or module of the student: one map for weights and for LoRA tensors."""
@@ -68,7 +89,7 @@ class RemovalPlan:
         """Read a plan; the further facts of a plan file, such as costs, are left aside."""
         raw = {key: value for key, value in json.loads(text).items() if key in cls.__dataclass_fields__}
         pairs = {sites: tuple(FeaturePair(**pair) for pair in listed) for sites, listed in raw["feature_pairs"].items()}
-        units = {key: tuple(raw.get(key, ())) for key in ("removed", "partners", "removed_modules")}
+        units = {key: tuple(raw.get(key, ())) for key in ("removed", "partners", "removed_modules", "added")}
         return cls(**{**raw, **units, "feature_pairs": pairs})
 
 

@@ -22,8 +22,8 @@ def unet_inputs(config: Mapping[str, Any], *, side: int, num_tokens: int, seed: 
         seed: Of the normal values; None for tensors without memory, on the meta device.
 
     Returns:
-        `sample` (1, C, side, side), `timestep` (1,), `encoder_hidden_states` (1, L, D), and for SDXL `text_embeds`
-        (1, P) and `time_ids` (1, 6); float32.
+        `sample` (1, C, side, side), `timestep` (1,), `encoder_hidden_states` (1, L, D), for SDXL `text_embeds`
+        (1, P) and `time_ids` (1, 6), for students with an input for the guidance scale `timestep_cond`; float32.
     """
     shapes = {
         "sample": (1, config.get("in_channels", 4), side, side),
@@ -32,6 +32,8 @@ def unet_inputs(config: Mapping[str, Any], *, side: int, num_tokens: int, seed: 
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
         shapes |= {"text_embeds": (1, pooled), "time_ids": (1, TIME_IDS)}
+    if dim := config.get("time_cond_proj_dim"):
+        shapes["timestep_cond"] = (1, dim)
     if seed is None:
         meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         return {**meta, "timestep": torch.empty(1, dtype=torch.int64, device="meta")}

@@ -48,7 +48,8 @@ def recognise(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> Removal
     layouts = [preset_layout(whole, name) for name in PRESETS if fits(whole, name)]
     for layout in (*layouts, _default(whole, found.whole)):
         if sizes(layout) == sizes(found.whole):
-            return plan_layout(whole, layout)
+            plan, dim = plan_layout(whole, layout), student.get("time_cond_proj_dim")
+            return plan.with_guidance_input(dim) if dim and not teacher.get("time_cond_proj_dim") else plan
     raise _not_a_student("layers", got=_described(found.whole), wanted=f"a part of {_described(whole.whole)}")
 
 

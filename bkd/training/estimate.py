@@ -16,8 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bkd.environment import shards_networks
 from bkd.hooks import FeatureTap
+from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.models import autocast, training_dtype
-from bkd.recipe.schema import Method, Train
+from bkd.recipe.schema import Train
+from bkd.recipe.stages import Finetune, Lora, Stage
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.probe import as_arguments, unet_inputs
@@ -39,13 +41,14 @@ class TrainingMemory:
 
     Attributes:
         teacher: Weights, in the dtype of the forward passes.
-        student: Weights, float32.
+        student: Weights that train, in float32, and frozen ones that are not the teacher's.
         gradients: Float32.
         optimizer: Its moments.
         average: The averaged weights.
         activations: What one pass keeps for its backward pass, teacher features included.
         parameters: Of the student.
         teacher_parameters: Of the teacher.
+        trained: Parameters that train.
         num_shards: Processes that hold a part of the networks each; 1 where they are copies.
     """
 
@@ -57,6 +60,7 @@ class TrainingMemory:
     activations: int
     parameters: int
     teacher_parameters: int
+    trained: int
     num_shards: int
 
     def parts(self) -> dict[str, int]:
@@ -71,16 +75,16 @@ class TrainingMemory:
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint on the disk."""
-        return (self.student + self.optimizer + self.average) * self.num_shards
+        return 4 * self.trained + (self.optimizer + self.average) * self.num_shards
 
     @property
     def student_file(self) -> int:
         """Bytes of the trained UNet on the disk."""
-        return self.student * self.num_shards
+        return 4 * self.parameters
 
 
 def training_memory(
-    config: Mapping[str, Any], plan: RemovalPlan, train: Train, method: Method, world_size: int = 1
+    config: Mapping[str, Any], plan: RemovalPlan, train: Train, stage: Stage, world_size: int = 1
 ) -> TrainingMemory:
     """Count what a training step holds, exactly but for what the class leaves out.
 
@@ -88,37 +92,45 @@ def training_memory(
         config: The teacher's UNet configuration.
         plan: How the student comes from it.
         train: Settings.
-        method: What is learned.
+        stage: What is learned, and through which adapters.
         world_size: Processes; shards are counted for one of them.
     """
     split = world_size if shards_networks(train.parallel) else 1
     empty_teacher, empty_student = build_empty(dict(config)), build_empty(dict(config), plan)
     teacher, student = empty_teacher.num_parameters(), empty_student.num_parameters()
     images = max(1, train.batch // (train.grad_accum * world_size))
-    pairs = plan.feature_pairs[method.sites] if method.loss.feature_kd else ()
-    kept = activation_bytes(empty_student, train, images)
+    pairs = plan.feature_pairs[stage.method.compared] if stage.method.compared else ()
+    kept = activation_bytes(empty_student, train, images, stage.lora)
     features = feature_bytes(empty_teacher, [pair.teacher for pair in pairs], train, images)
     size = training_dtype(train.mixed_precision).itemsize
+    trained, frozen = student, 0
+    shares = stage.lora is not None and stage.lora.share_base
+    if stage.lora is not None:
+        add_adapters(empty_student, stage.lora)
+        trained = sum(parameter.numel() for parameter in trained_tensors(empty_student).values())
+        frozen = empty_student.num_parameters() - trained
     return TrainingMemory(
-        teacher=size * teacher // split,
-        student=4 * student // split,
-        gradients=4 * student // split,
-        optimizer=MOMENT_BYTES[train.optimizer] * student // split,
-        average=(4 * student // split) if train.ema else 0,
+        teacher=size * teacher // split if shares or not isinstance(stage.method, Finetune) else 0,
+        student=(4 * trained + (0 if shares else size * frozen)) // split,
+        gradients=4 * trained // split,
+        optimizer=MOMENT_BYTES[train.optimizer] * trained // split,
+        average=(4 * trained // split) if train.ema else 0,
         activations=kept + features,
         parameters=student,
         teacher_parameters=teacher,
+        trained=trained,
         num_shards=split,
     )
 
 
-def activation_bytes(student: UNet2DConditionModel, train: Train, images: int) -> int:
+def activation_bytes(student: UNet2DConditionModel, train: Train, images: int, lora: Lora | None = None) -> int:
     """Bytes that a forward pass of `images` keeps for the backward pass, weights not counted.
 
     Args:
         student: Configured as the one that trains, on the meta device.
         train: For precision and gradient checkpointing.
         images: In one pass.
+        lora: Adapters to train in place of the weights.
     """
     kept: dict[int, int] = {}
 
@@ -130,6 +142,9 @@ def activation_bytes(student: UNet2DConditionModel, train: Train, images: int) -
     with FakeTensorMode():
         # Fake tensors know shapes and dtypes only; on the CPU attention keeps what it keeps on a GPU, too.
         student = _fake(student).train()
+        if lora is not None:
+            student.to(training_dtype(train.mixed_precision))
+            add_adapters(student, lora)
         if train.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         inputs = _inputs(student, images)

@@ -18,7 +18,7 @@ from bkd.losses import LossTerms
 from bkd.methods.base import Method, map_tensors
 from bkd.models import autocast, training_dtype
 from bkd.recipe.schema import Train
-from bkd.rng import StepRng
+from bkd.rng import StepRng, pass_seed
 from bkd.training.average import Average
 from bkd.training.checkpoint import Checkpoint, Checkpoints, require_fitting
 from bkd.training.journal import Journal, StepReport
@@ -85,10 +85,12 @@ class Fit:
             method.trainable.enable_gradient_checkpointing()  # type: ignore[operator]
         if not method.reaches_all:
             self._freeze_unreached()
-        parallel.shard(method.teacher)
+        if method.teacher is not None:
+            parallel.shard(method.teacher)
         self._wrapped = parallel.wrap(method.trainable)
         method.forward = compiled(self._wrapped) if train.compile else self._wrapped
-        method.forward_teacher = compiled(method.teacher) if train.compile else method.teacher
+        if method.teacher is not None:
+            method.forward_teacher = compiled(method.teacher) if train.compile else method.teacher
         self._parameters = {name: p for name, p in method.trainable.named_parameters() if p.requires_grad}
         self._optimizer = GuardedOptimizer(train, self._parameters, parallel)
         self._average = Average(self._parameters, train.ema)
@@ -151,6 +153,7 @@ class Fit:
         with running_out_of_memory(self._train):
             for number in range(self._train.grad_accum):
                 drawn = map_tensors(next(batches), self._to_device)
+                torch.manual_seed(pass_seed(self._seed, step, self._part(number)))
                 last = number == self._train.grad_accum - 1
                 with self._parallel.gathering(self._wrapped, last=last):
                     with autocast(self._dtype, self._parallel.device):
@@ -237,13 +240,16 @@ class Fit:
         train, world = self._train, self._parallel.place.world_size
         indices = self._order.batch(step, train.batch)
         self._data.expect(self._order.shards_from(step, train.batch))
-        part = number * world + self._parallel.place.rank
-        positions = share(train.batch, parts=train.grad_accum * world, part=part)
+        positions = share(train.batch, parts=train.grad_accum * world, part=self._part(number))
         rng = StepRng(self._seed, step, positions.tolist())
         mirror = (rng.uniform("mirror") < 0.5).tolist() if self._mirror else None
         others = indices[other_places(positions, train.batch, rng)] if self._method.needs_others else None
         drawn = self._method.draw(self._data.gather(indices[positions], mirror, others), rng)
         return map_tensors(drawn, Tensor.pin_memory) if self._parallel.device.type == "cuda" else drawn
+
+    def _part(self, number: int) -> int:
+        """Which part of a step's global batch this process's pass `number` is."""
+        return number * self._parallel.place.world_size + self._parallel.place.rank
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._parallel.device, non_blocking=True)

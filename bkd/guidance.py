@@ -1,0 +1,100 @@
+"""Students that draw guided in one pass: which guidance scales they know, and how a stock pipeline is to be called.
+
+A student with an input for the scale is told it by the pipeline. One without has a single scale in its weights: asked
+for any other than 1, the pipeline would guide it once more, with two passes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bkd.errors import ModelError
+from bkd.model_folder import read_json, unet_config
+from bkd.prediction_type import PredictionType
+from bkd.surgery.plan import PLAN_FILE
+
+
+@dataclass(frozen=True)
+class OnePassGuidance:
+    """What a student has learnt.
+
+    Attributes:
+        low: Least guidance scale.
+        high: Greatest.
+        takes_scale: Whether it has an input for the scale; if not, `low` is `high`.
+    """
+
+    low: float
+    high: float
+    takes_scale: bool
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}" if self.takes_scale else f"{self.low:g}"
+
+    def facts(self) -> dict[str, Any]:
+        """For a plan file."""
+        return {"low": self.low, "high": self.high, "takes_scale": self.takes_scale}
+
+    def nearest(self, asked: float) -> float:
+        """The scale that it knows and that comes nearest to one."""
+        return min(max(asked, self.low), self.high)
+
+    def pipeline_scale(self, asked: float, model: object) -> float:
+        """The `guidance_scale` to call a stock pipeline with.
+
+        Args:
+            asked: By the user.
+            model: Its name, for errors.
+
+        Raises:
+            ModelError: If the student has not learnt that scale.
+        """
+        if not self.low <= asked <= self.high:
+            raise ModelError(
+                "this student draws guided in one pass, and has not learnt that guidance scale",
+                where=model,
+                got=f"guidance_scale {asked:g}",
+                allowed=str(self),
+                remedy=f"guidance_scale {self.nearest(asked):g}"
+                + ("" if self.takes_scale else ", or train with a range: method.guidance_scale=[1, 14]"),
+            )
+        return asked if self.takes_scale else 1.0
+
+
+@dataclass(frozen=True)
+class StudentKind:
+    """How a student is used differently from its teacher.
+
+    Attributes:
+        guidance: What it has learnt of guidance; None where it is guided by two passes.
+        prediction_type: What it predicts, where that is something else.
+    """
+
+    guidance: OnePassGuidance | None = None
+    prediction_type: PredictionType | None = None
+
+    def pipeline_scale(self, asked: float, model: object) -> float:
+        """See `OnePassGuidance.pipeline_scale`."""
+        return asked if self.guidance is None else self.guidance.pipeline_scale(asked, model)
+
+
+def one_pass_guidance(folder: Path) -> OnePassGuidance | None:
+    """What a student's folder says of its guidance; None for models that are guided by two passes.
+
+    Raises:
+        ModelError: If its plan file cannot be read.
+    """
+    facts = read_json(folder / PLAN_FILE).get("guidance") if (folder / PLAN_FILE).is_file() else None
+    if isinstance(facts, dict):
+        return OnePassGuidance(float(facts["low"]), float(facts["high"]), bool(facts["takes_scale"]))
+    if unet_config(folder).get("time_cond_proj_dim"):  # made elsewhere: it does not say for which scales
+        return OnePassGuidance(1.0, math.inf, takes_scale=True)
+    return None
+
+
+def pipeline_scale(folder: Path, asked: float, model: object) -> float:
+    """The `guidance_scale` to call a model's stock pipeline with; see `OnePassGuidance.pipeline_scale`."""
+    return StudentKind(one_pass_guidance(folder)).pipeline_scale(asked, model)
