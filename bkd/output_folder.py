@@ -34,6 +34,26 @@ def require_free(folder: Path, *, overwrite: bool, marker: str) -> None:
         )
 
 
+def require_new_file(path: Path, suffix: str, *, overwrite: bool) -> None:
+    """Refuse an output file that cannot be written.
+
+    Args:
+        path: The file.
+        suffix: What its name must end in.
+        overwrite: Whether an earlier file may be replaced.
+
+    Raises:
+        OutputError: If it has another suffix, is a folder, is there already, or cannot be written.
+    """
+    if path.suffix != suffix:
+        raise OutputError(f"the output is a {suffix} file", where=path, remedy="choose another -o")
+    if path.is_dir():
+        raise OutputError("the output file is a folder", where=path, remedy="choose another -o")
+    if path.exists() and not overwrite:
+        raise OutputError("the output file exists", where=path, remedy="choose another -o, or add --overwrite")
+    require_writable(path.parent)
+
+
 def check_output(teacher: Path, output: Path, *, overwrite: bool) -> None:
     """Refuse a student's output folder that cannot be written, before any work is done.
 

@@ -35,13 +35,15 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-folder, probe, answer = sys.argv[1:]
+folder, probe, answer, lora = sys.argv[1:]
 threads, dtype = sys.stdin.read().split()
 torch.set_num_threads(int(threads))
 dtype = getattr(torch, dtype)
 pipe = DiffusionPipeline.from_pretrained(
     folder, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
 )
+if lora:
+    pipe.load_lora_weights(lora)
 unet = pipe.unet.eval()
 del pipe
 
@@ -64,6 +66,8 @@ with torch.no_grad():
 save_file({"output": output}, answer)
 """
 PROBE_TOKENS = 8
+LORA_TOLERANCE = 1e-5
+"""Of a LoRA file: alpha / r is multiplied in where the training multiplied outputs."""
 BEYOND = 65_000.0
 """Stands for NaN, which equals nothing: random inputs can overflow a float16 network, in both processes alike."""
 
@@ -194,24 +198,51 @@ def check_reload(folder: Path, expected: Tensor) -> None:
     Raises:
         ModelError: If it does not load there, or one output value differs.
     """
+    reloaded = _reloaded_output(folder, expected.dtype)
+    if not torch.equal(reloaded.nan_to_num(nan=BEYOND), expected.nan_to_num(nan=BEYOND)):
+        difference = float((reloaded.float() - expected.float()).abs().max())
+        raise ModelError(
+            "the reloaded student computes something else", where=folder, got=f"difference {difference:.3g}"
+        )
+
+
+def check_lora(lora: Path, teacher: Path, expected: Tensor) -> None:
+    """Load a LoRA file on a pipeline in a process without `bkd` and compare one forward pass.
+
+    Args:
+        lora: As written.
+        teacher: Pipeline folder of the model that it is for.
+        expected: What `probe_output` gave for the student in memory.
+
+    Raises:
+        ModelError: If it does not load there, or the output differs by more than rounding.
+    """
+    reloaded = _reloaded_output(teacher, expected.dtype, lora)
+    if not torch.allclose(reloaded, expected, rtol=LORA_TOLERANCE, atol=LORA_TOLERANCE * float(expected.abs().max())):
+        difference = float((reloaded - expected).abs().max())
+        raise ModelError(
+            "the LoRA file on its model computes something else", where=lora, got=f"difference {difference:.3g}"
+        )
+
+
+def _reloaded_output(folder: Path, dtype: torch.dtype, lora: Path | None = None) -> Tensor:
+    """What a stock pipeline's UNet computes from the probe, in a process without `bkd`."""
     with tempfile.TemporaryDirectory() as scratch:
         probe_file, answer_file = Path(scratch) / "probe.safetensors", Path(scratch) / "answer.safetensors"
         save_file(_probe(unet_config(folder)), probe_file)
+        command = [sys.executable, "-c", RELOAD_SCRIPT, str(folder.resolve())]
         finished = subprocess.run(
-            [sys.executable, "-c", RELOAD_SCRIPT, str(folder.resolve()), str(probe_file), str(answer_file)],
+            [*command, str(probe_file), str(answer_file), str(lora.resolve()) if lora else ""],
             cwd=scratch,  # nothing in the user's folder can stand before an installed module
-            input=f"{torch.get_num_threads()} {str(expected.dtype).removeprefix('torch.')}",
+            input=f"{torch.get_num_threads()} {str(dtype).removeprefix('torch.')}",
             capture_output=True,
             text=True,
             check=False,
         )
         if finished.returncode:
             raise ModelError(
-                "the written student does not load in stock diffusers", where=folder, got=finished.stderr[-800:]
+                "what was written does not load in stock diffusers",
+                where=lora or folder,
+                got=finished.stderr[-800:],
             )
-        reloaded = load_file(answer_file)["output"]
-    if not torch.equal(reloaded.nan_to_num(nan=BEYOND), expected.nan_to_num(nan=BEYOND)):
-        difference = float((reloaded.float() - expected.float()).abs().max())
-        raise ModelError(
-            "the reloaded student computes something else", where=folder, got=f"difference {difference:.3g}"
-        )
+        return load_file(answer_file)["output"]

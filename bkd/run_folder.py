@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from bkd import __version__
 from bkd.environment import PACKAGES, installed_version
-from bkd.errors import OutputError
+from bkd.errors import ModelError, OutputError
 from bkd.files import write_atomically
 from bkd.recipe.load import dump_recipe, load_recipe, result_keys
 from bkd.recipe.schema import Recipe
@@ -186,6 +186,23 @@ def is_trained(student: Path, steps: int) -> bool:
     except (OSError, ValueError):
         return False
     return facts.get("steps") == steps and any(student.glob("unet/*.safetensors"))
+
+
+def require_finished(run: RunFolder) -> None:
+    """Refuse a run whose student may change, or be half of something.
+
+    Raises:
+        BkdError: If a process works on it, or it was stopped.
+    """
+    require_not_held(run.path)
+    facts = run.facts()
+    if run.student.is_dir() and facts.get("status") != "done":
+        raise ModelError(
+            "this run is not finished",
+            where=run.path,
+            got=f"status: {facts.get('status')}",
+            remedy=f"finish it: {facts.get('command', 'bkd train RECIPE -o RUN')}; or name the folder of its student",
+        )
 
 
 def _refuse_own_teacher(run: RunFolder, recipe: Recipe) -> None:

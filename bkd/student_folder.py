@@ -33,6 +33,26 @@ def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts:
         plan: How the student comes from its teacher.
         facts: More to write into the plan file, such as the teacher's digest.
     """
+    with unfinished_folder(folder) as unfinished:
+        for part in parts_of(teacher):
+            if part != "unet":
+                shutil.copytree(teacher / part, unfinished / part, ignore=_other_weights)
+        shutil.copyfile(teacher / "model_index.json", unfinished / "model_index.json")
+        described = {**json.loads(plan.to_json()), **facts}
+        (unfinished / PLAN_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        yield unfinished
+
+
+@contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside its place: it takes its name when the block ends well, and vanishes when it does not.
+
+    Args:
+        folder: Replaced as a whole.
+
+    Raises:
+        OutputError: If it cannot be made.
+    """
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +64,6 @@ def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts:
             "the output folder cannot be made", where=folder, got=error.strerror, remedy="choose another -o"
         ) from error
     try:
-        for part in parts_of(teacher):
-            if part != "unet":
-                shutil.copytree(teacher / part, unfinished / part, ignore=_other_weights)
-        shutil.copyfile(teacher / "model_index.json", unfinished / "model_index.json")
-        described = {**json.loads(plan.to_json()), **facts}
-        (unfinished / PLAN_FILE).write_text(json.dumps(described, indent=2) + "\n")
         yield unfinished
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -12,7 +12,7 @@ from bkd.data.latent_folder import open_latents
 from bkd.data.latent_set import LatentSet
 from bkd.locate import locate
 from bkd.models import load_pipeline
-from bkd.recipe.schema import Loss
+from bkd.recipe.stages import Loss
 from bkd.training.parallel import start_parallel
 from bkd.training.stop import Interrupted, StopSignal
 from tests.training import kd, make_fit

@@ -18,7 +18,7 @@ LAYERS = [
     {"methods", "proof", "calibration", "caching"},
     {"run_folder", "run_lock", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
     {"training", "eval", "pregenerate"},
-    {"stage_setup", "stage", "run", "bench"},
+    {"stage_setup", "stage", "run", "bench", "export"},
     {"report"},
     {"cli", "__main__"},
 ]

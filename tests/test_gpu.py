@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bkd.locate import locate
-from bkd.models import load_pipeline, place_teacher, training_dtype, use_channels_last
+from bkd.models import load_pipeline, place_encoders, training_dtype, use_channels_last
 from tests.test_data import cached
 from tests.training import ALONE, kd, make_fit, run
 
@@ -22,7 +22,8 @@ def training(teacher, teacher_folder, shards, tmp_path):
     def make(reports, **settings):
         pipe, dtype = load_pipeline(locate("shapes")), training_dtype(settings["mixed_precision"])
         method = kd(pipe, teacher_folder)
-        place_teacher(pipe, dtype, cuda)
+        place_encoders(pipe, dtype, cuda)
+        pipe.unet.to(cuda, dtype)
         method.trainable.to(cuda)
         for unet in (method.trainable, method.teacher):
             use_channels_last(unet, None, dtype, cuda)

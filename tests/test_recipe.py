@@ -94,7 +94,7 @@ stages:
         ("train: {batchh: 1}", r"train\.batchh: unknown key; did you mean 'train\.batch'\?"),
         ("max_steps: 3", r"max_steps: unknown key; did you mean 'train\.max_steps'\? \(got 3\)"),
         ("method: {sites: layer}", r"method: unknown key; did you mean 'stages\.0\.method'\?"),
-        ("stages: [{zzz: 1}]", r"stages\.0\.zzz: unknown key; known here: student, method \(got 1\)"),
+        ("stages: [{zzz: 1}]", r"stages\.0\.zzz: unknown key; known here: student, method, lora \(got 1\)"),
         ("train: {ema: 2}", r"train\.ema: should lie between 0 and 1 \(got 2\)"),
         ("train: {max_steps: 0}", r"train\.max_steps: should lie between 1 and"),
         ("train: {batch: 10, grad_accum: 3}", r"train\.batch: 10 images cannot be split into 3 passes"),

@@ -12,7 +12,8 @@ from bkd.methods.base import Diffusion
 from bkd.methods.captions import caption_encoder
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.models import load_noise_schedule
-from bkd.recipe.schema import Loss, Train
+from bkd.recipe.schema import Train
+from bkd.recipe.stages import Loss
 from bkd.rng import StepRng
 from bkd.surgery.build import build_student
 from bkd.surgery.unet import plan_removal
@@ -24,8 +25,8 @@ from bkd.training.stop import StopSignal
 ALONE = Parallel("alone", process_place(), torch.device("cpu"))
 
 
-def kd(pipe, folder, preset="sd-tiny", loss=None, sites="block", **diffusion):
-    """Distillation of a preset from a loaded pipeline."""
+def kd(pipe, folder, preset="sd-tiny", loss=None, sites="block", student=None, **diffusion):
+    """Distillation of a preset, or of a student of that preset, from a loaded pipeline."""
     plan = plan_removal(pipe.unet.config, preset)
     known = Diffusion(
         schedule=load_noise_schedule(folder),
@@ -35,7 +36,7 @@ def kd(pipe, folder, preset="sd-tiny", loss=None, sites="block", **diffusion):
     )
     return KnowledgeDistillation(
         teacher=pipe.unet,
-        student=build_student(pipe.unet, plan),
+        student=student or build_student(pipe.unet, plan),
         diffusion=replace(known, **diffusion),
         pairs=plan.feature_pairs[sites],
         loss=loss or Loss(),

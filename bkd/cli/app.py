@@ -32,6 +32,7 @@ for verb in (
     evaluate.sample,
     evaluate.eval_,
     ship.report,
+    ship.export,
 ):
     app.command(verb.__name__.rstrip("_"))(verb)
 app.add_typer(data, name="data")

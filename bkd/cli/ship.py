@@ -1,4 +1,4 @@
-"""`bkd report`: show a finished run."""
+"""`bkd report`, `bkd export`: show a finished run, and hand on what it made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from bkd.cli.console import console
+from bkd.cli.console import console, prepare
 
 
 def report(
@@ -21,3 +21,32 @@ def report(
 
     written = write_report(runs, output or runs[0] / "report.html")
     console.print(f"report: {written}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or .safetensors file for lora.")],
+    kind: Annotated[
+        str, typer.Option("--format", help="pipeline: a stock folder, adapters merged; lora: a file of adapters.")
+    ] = "pipeline",
+    dtype: Annotated[str, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier output.")] = False,
+) -> None:
+    """Write a run's student for others, and prove that it loads without bkd."""
+    from bkd.errors import ModelError, one_of
+    from bkd.run_folder import RunFolder
+
+    one_of(kind, ("pipeline", "lora"), kind="format", error=ModelError)
+    prepare()
+    from bkd.export import export_lora, export_pipeline
+    from bkd.models import DTYPES
+
+    console.print("writing and reloading …")
+    if kind == "pipeline":
+        export_pipeline(RunFolder(run), output, DTYPES[one_of(dtype, DTYPES, kind="dtype")], overwrite=overwrite)
+        console.print(f"done: {output} is a stock diffusers pipeline folder")
+        return
+    guidance = export_lora(RunFolder(run), output, overwrite=overwrite)
+    console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(run).recipe().teacher.id}")
+    if guidance is not None:
+        console.print(f"it holds guidance_scale {guidance}: call the pipeline with guidance_scale=1.0")

@@ -17,8 +17,7 @@ from bkd.guidance import pipeline_scale
 from bkd.locate import locate
 from bkd.model_folder import model_digest
 from bkd.models import load_pipeline
-from bkd.run_folder import RunFolder
-from bkd.run_lock import require_not_held
+from bkd.run_folder import RunFolder, require_finished
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
 
@@ -59,7 +58,7 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
     for model, label in zip(models, _labels(models), strict=True):
         run = RunFolder(Path(model))
         if run.facts_file.is_file():
-            _require_finished(run)
+            require_finished(run)
         folder = locate(model)
         given.add(folder.resolve())
         if not run.facts_file.is_file():
@@ -82,19 +81,6 @@ def _untrained(name: str, run: RunFolder, teacher: Path, student: Path) -> list[
     if start is not None:
         return [Named(name, locate(start))]
     return [] if load_plan(student).changes_nothing else [Named(name, teacher, pruned_like=student)]
-
-
-def _require_finished(run: RunFolder) -> None:
-    """What is measured must not change while it is, nor be half of something."""
-    require_not_held(run.path)
-    facts = run.facts()
-    if run.student.is_dir() and facts.get("status") != "done":
-        raise ModelError(
-            "this run is not finished",
-            where=run.path,
-            got=f"status: {facts.get('status')}",
-            remedy=f"finish it: {facts.get('command', 'bkd train RECIPE -o RUN')}; or name the folder of its student",
-        )
 
 
 def _labels(models: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from bkd.errors import SurgeryError, suggest
 from bkd.recipe.stages import Lora
@@ -44,7 +44,7 @@ def add_adapters(student: UNet2DConditionModel, lora: Lora, *, seed: int = 0) ->
         r=lora.r,
         lora_alpha=lora.r if lora.lora_alpha is None else lora.lora_alpha,
         target_modules=list(lora.target_modules),
-        exclude_modules=[SCALE_PROJECTION],
+        exclude_modules=[SCALE_PROJECTION] if student.config.time_cond_proj_dim else None,
         rank_pattern=ranks,
         alpha_pattern=ranks if lora.lora_alpha is None else {},
         lora_dropout=lora.lora_dropout,
@@ -147,6 +147,15 @@ def merged(student: UNet2DConditionModel) -> UNet2DConditionModel:
     plain = build_empty(dict(student.config))
     plain.load_state_dict(state, strict=True, assign=True)
     return plain.eval()
+
+
+def scaled_tensors(student: nn.Module) -> dict[str, Tensor]:
+    """Adapters as files have them, by module path and `lora_A.weight`, `lora_B.weight`; alpha / r is multiplied in."""
+    found = {}
+    for name, layer in _layers(student).items():
+        found[f"{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight.detach()
+        found[f"{name}.lora_B.weight"] = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
+    return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 def unshared(student: nn.Module, teacher: nn.Module, plan: RemovalPlan) -> list[str]:

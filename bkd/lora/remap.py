@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bkd.errors import ModelError, OutputError
 from bkd.model_folder import unet_config
+from bkd.output_folder import require_new_file
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import Lineage
 
@@ -64,7 +65,9 @@ def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, ove
     Raises:
         BkdError: If the file is no LoRA of this teacher, or nothing of it could be carried over.
     """
-    _check_output(lora, output, overwrite)
+    if output.resolve() == lora.resolve():
+        raise OutputError("the output is the teacher's LoRA itself", where=output, remedy="choose another -o")
+    require_new_file(output, ".safetensors", overwrite=overwrite)
     tensors = _read(lora)
     shapes = {key.removesuffix(".weight"): p.shape for key, p in build_empty(unet_config(student)).named_parameters()}
     homes = {lineage.source_of(module): module for module in shapes}
@@ -94,17 +97,6 @@ def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, ove
     save_file({key: tensor.contiguous() for key, tensor in carried.items()}, unfinished, metadata={"format": "pt"})
     unfinished.replace(output)
     return Remapped(len(carried), tuple(lost), tuple(unknown))
-
-
-def _check_output(lora: Path, output: Path, overwrite: bool) -> None:
-    if output.suffix != ".safetensors":
-        raise OutputError("the output is a .safetensors file", where=output, remedy="choose another -o")
-    if output.resolve() == lora.resolve():
-        raise OutputError("the output is the teacher's LoRA itself", where=output, remedy="choose another -o")
-    if output.is_dir():
-        raise OutputError("the output file is a folder", where=output, remedy="choose another -o")
-    if output.exists() and not overwrite:
-        raise OutputError("the output file exists", where=output, remedy="choose another -o, or add --overwrite")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
