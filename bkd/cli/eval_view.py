@@ -6,7 +6,7 @@ from typing import Any
 
 from bkd.cli.console import console, short, table
 
-SPLITS = {"test": "unseen captions (test)", "novel": "unseen combinations (novel)"}
+SPLITS = {"test": "unseen captions (test)", "novel": "unseen combinations (novel)", "theme-test": "the theme"}
 METRICS = {"fid": "FID", "kid": "KID", "inception_score": "IS", "clip_score": "CLIP score"}
 
 

@@ -50,7 +50,7 @@ def eval_(
     num_prompts: Annotated[
         Optional[int], typer.Option(min=1, max=MAX_PROMPTS, help="The first so many; shapes: of each split.")
     ] = None,
-    split: Annotated[Optional[list[str]], typer.Option(help="Of suite shapes: test, novel, val or train.")] = None,
+    split: Annotated[Optional[list[str]], typer.Option(help="Of suite shapes: test, novel, theme-test, val, …")] = None,
     reference: Annotated[Optional[Path], typer.Option(help="Folder of real images, or pytorch-fid's .npz.")] = None,
     inception: Annotated[Optional[Path], typer.Option(help="Weight file of FID's InceptionV3.")] = None,
     clip: Annotated[Optional[Path], typer.Option(help="open_clip model: folder, or weight file.")] = None,

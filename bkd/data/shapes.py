@@ -9,6 +9,9 @@ Three kinds of held-out scenes make the measurements honest:
 * ``val`` and ``test`` hold captions that never occur in ``train``;
 * ``novel`` holds scenes with a (shape, colour, position) combination that occurs in no other split, although every
   pair of those attributes does (Okawa et al. 2023, arXiv:2310.09336).
+
+A theme, for fine-tuning: every scene of ``theme`` has a shape that no other split has and no teacher knows, not even by
+its word; captions of ``theme-test`` never occur in ``theme``.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from typing import Literal, TypeVar, get_args
@@ -32,7 +35,10 @@ WORLD_VERSION = 1
 SIDE = 32
 QUADRANT = SIDE // 2
 
-Split = Literal["train", "val", "test", "novel"]
+THEME_SHARDS = "shapes-theme"
+"""What the shards of split `theme` are called."""
+
+Split = Literal["train", "val", "test", "novel", "theme", "theme-test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (0, 0, 0), "gray": (128, 128, 128), "white": (255, 255, 255)}
@@ -43,6 +49,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "yellow": (235, 205, 50),
 }
 SHAPES = ("circle", "square", "triangle")
+THEME_SHAPE = "diamond"
+ALL_SHAPES = (*SHAPES, THEME_SHAPE)
 RADII: dict[str, float] = {"small": 4.0, "large": 6.5}
 """Half the side, in pixels, of the square box that holds the object."""
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")
@@ -116,6 +124,8 @@ def scene(split: Split, index: int, *, seed: int = 0) -> Scene:
     draw = random.Random(f"shapes/{WORLD_VERSION}/{seed}/{split}/{index}").random
     for _ in count():
         candidate = _draw_scene(draw)
+        if split in ("theme", "theme-test"):
+            candidate = _themed(candidate)
         if _split_of(candidate) == split:
             return candidate
     raise AssertionError("unreachable")
@@ -148,10 +158,18 @@ def _draw_scene(draw: Callable[[], float]) -> Scene:
     return Scene(background=pick(tuple(BACKGROUNDS)), objects=tuple(objects))
 
 
+def _themed(plain: Scene) -> Scene:
+    """The same scene with its first object in the theme's shape."""
+    first, *others = plain.objects
+    return replace(plain, objects=(replace(first, shape=THEME_SHAPE), *others))
+
+
 def _split_of(candidate: Scene) -> Split:
     if candidate.is_novel:
         return "novel"
     bucket = hashlib.sha256(repr(candidate.described).encode()).digest()[0]
+    if any(o.shape == THEME_SHAPE for o in candidate.objects):
+        return "theme-test" if bucket < 40 else "theme"
     return "val" if bucket < 16 else "test" if bucket < 40 else "train"
 
 
@@ -160,7 +178,7 @@ def coverage(shape: str, size: str, dx: int, dy: int) -> NDArray[np.float32]:
     """Share of each pixel of a quadrant that the object covers: (16, 16), 0..1, anti-aliased.
 
     Args:
-        shape: One of `SHAPES`.
+        shape: One of `ALL_SHAPES`.
         size: A key of `RADII`.
         dx: Shift of the centre to the right, in half pixels.
         dy: Shift of the centre downwards, in half pixels.
@@ -172,6 +190,7 @@ def coverage(shape: str, size: str, dx: int, dy: int) -> NDArray[np.float32]:
         "circle": x**2 + y**2 <= 1,
         "square": np.maximum(np.abs(x), np.abs(y)) <= 1,
         "triangle": (y <= 1) & (2 * np.abs(x) <= y + 1),
+        "diamond": np.abs(x) + np.abs(y) <= 1,
     }[shape]
     s = SUPERSAMPLING
     covered: NDArray[np.float32] = inside.reshape(QUADRANT, s, QUADRANT, s).mean((1, 3), dtype=np.float32)

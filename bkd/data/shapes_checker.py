@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from bkd.data.shapes import (
+    ALL_SHAPES,
     BACKGROUNDS,
     COLORS,
     JITTER,
     POSITIONS,
     QUADRANT,
     RADII,
-    SHAPES,
     SIDE,
     Object,
     Scene,
@@ -68,7 +68,7 @@ def parse_caption(caption: str) -> Scene:
     objects = [
         Object(size=m[1], color=m[2], shape=m[3], position=m[4])
         for m in found
-        if m and m[1] in RADII and m[2] in COLORS and m[3] in SHAPES and m[4] in POSITIONS
+        if m and m[1] in RADII and m[2] in COLORS and m[3] in ALL_SHAPES and m[4] in POSITIONS
     ]
     distinct = len({o.position for o in objects}) == len(clauses)
     if not match or match.group(2) not in BACKGROUNDS or len(objects) != len(clauses) or not distinct:
@@ -128,7 +128,7 @@ def _compare(seen: Scene, clean: bool, wanted: Scene) -> Verdict:
 def _templates() -> tuple[list[tuple[str, str]], Tensor]:
     """Every (shape, size), and its masks at each jitter: (K, 256), float32, in the same order."""
     names, masks = [], []
-    for shape in SHAPES:
+    for shape in ALL_SHAPES:
         for size in RADII:
             for dy in (-3, *JITTER, 3):  # one step beyond the world's own jitter: generated objects may stray
                 for dx in (-3, *JITTER, 3):

@@ -15,6 +15,7 @@ from bkd.data.shapes import SIDE, WORLD_VERSION, Split, render, scene
 from bkd.data.shards import NewSample, write_shards
 
 NUM_TRAIN = 10_000
+NUM_THEME = 2_000
 
 
 def ensure_shapes_shards(cache: Path, *, split: Split = "train", num_samples: int = NUM_TRAIN, seed: int = 0) -> Path:

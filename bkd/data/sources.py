@@ -16,8 +16,8 @@ from bkd.data.copies import LocalCopies
 from bkd.data.latent_shards import holds_latents
 from bkd.data.output_set import described_set, require_finished
 from bkd.data.remote import expand_remote, is_remote, public_name
-from bkd.data.shapes import EMBEDDED
-from bkd.data.shapes_shards import ensure_shapes_shards
+from bkd.data.shapes import EMBEDDED, THEME_SHARDS
+from bkd.data.shapes_shards import NUM_THEME, ensure_shapes_shards
 from bkd.data.shards import expand_shards
 from bkd.errors import DataError
 
@@ -97,7 +97,7 @@ class RemoteShard:
 
 
 def find_sources(spec: str, cache: Path, *, remote_cache_gib: float = REMOTE_CACHE_GIB) -> list[Source]:
-    """The shards that SHARDS means; `shapes` is the embedded world.
+    """The shards that SHARDS means; `shapes` is the embedded world, `shapes-theme` its theme.
 
     Args:
         spec: A tar, a folder, a glob, a brace pattern or an address.
@@ -112,6 +112,8 @@ def find_sources(spec: str, cache: Path, *, remote_cache_gib: float = REMOTE_CAC
         return [RemoteShard(url, copies) for url in expand_remote(spec)]
     if spec == EMBEDDED:
         spec = str(ensure_shapes_shards(cache))
+    elif spec == THEME_SHARDS:
+        spec = str(ensure_shapes_shards(cache, split="theme", num_samples=NUM_THEME))
     paths = expand_shards(spec)
     if holds_latents(Path(spec).expanduser()):
         raise DataError(

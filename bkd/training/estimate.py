@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -19,7 +19,7 @@ from bkd.hooks import FeatureTap
 from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.models import autocast, training_dtype
 from bkd.recipe.schema import Train
-from bkd.recipe.stages import Finetune, Lora, Stage
+from bkd.recipe.stages import Finetune, Stage
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.probe import as_arguments, unet_inputs
@@ -100,15 +100,15 @@ def training_memory(
     teacher, student = empty_teacher.num_parameters(), empty_student.num_parameters()
     images = max(1, train.batch // (train.grad_accum * world_size))
     pairs = plan.feature_pairs[stage.method.compared] if stage.method.compared else ()
-    kept = activation_bytes(empty_student, train, images, stage.lora)
-    features = feature_bytes(empty_teacher, [pair.teacher for pair in pairs], train, images)
     size = training_dtype(train.mixed_precision).itemsize
     trained, frozen = student, 0
     shares = stage.lora is not None and stage.lora.share_base
     if stage.lora is not None:
-        add_adapters(empty_student, stage.lora)
+        add_adapters(empty_student.to(training_dtype(train.mixed_precision)), stage.lora)
         trained = sum(parameter.numel() for parameter in trained_tensors(empty_student).values())
         frozen = empty_student.num_parameters() - trained
+    kept = activation_bytes(empty_student, train, images)
+    features = feature_bytes(empty_teacher, [pair.teacher for pair in pairs], train, images)
     return TrainingMemory(
         teacher=size * teacher // split if shares or not isinstance(stage.method, Finetune) else 0,
         student=(4 * trained + (0 if shares else size * frozen)) // split,
@@ -123,14 +123,13 @@ def training_memory(
     )
 
 
-def activation_bytes(student: UNet2DConditionModel, train: Train, images: int, lora: Lora | None = None) -> int:
+def activation_bytes(student: UNet2DConditionModel, train: Train, images: int) -> int:
     """Bytes that a forward pass of `images` keeps for the backward pass, weights not counted.
 
     Args:
-        student: Configured as the one that trains, on the meta device.
+        student: The one that trains, adapters included, on the meta device; changed.
         train: For precision and gradient checkpointing.
         images: In one pass.
-        lora: Adapters to train in place of the weights.
     """
     kept: dict[int, int] = {}
 
@@ -141,10 +140,7 @@ def activation_bytes(student: UNet2DConditionModel, train: Train, images: int, l
 
     with FakeTensorMode():
         # Fake tensors know shapes and dtypes only; on the CPU attention keeps what it keeps on a GPU, too.
-        student = _fake(student).train()
-        if lora is not None:
-            student.to(training_dtype(train.mixed_precision))
-            add_adapters(student, lora)
+        student = _as_fake(student).train()
         if train.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         inputs = _inputs(student, images)
@@ -160,7 +156,7 @@ def feature_bytes(teacher: UNet2DConditionModel, names: list[str], train: Train,
     """Bytes of the activations that a pass compares, in the teacher's dtype.
 
     Args:
-        teacher: On the meta device.
+        teacher: On the meta device; changed.
         names: Modules.
         train: For the precision.
         images: In one pass.
@@ -168,16 +164,20 @@ def feature_bytes(teacher: UNet2DConditionModel, names: list[str], train: Train,
     if not names:
         return 0
     with FakeTensorMode(), torch.no_grad():
-        teacher = _fake(teacher)
+        teacher = _as_fake(teacher)
         inputs = _inputs(teacher, images)
         with FeatureTap(teacher, names) as tap:
             _, features = tap.run(lambda: teacher(**inputs))
         return sum(feature.numel() for feature in features) * training_dtype(train.mixed_precision).itemsize
 
 
-def _fake(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The same network of fake tensors."""
-    return UNet2DConditionModel.from_config(unet.config)
+def _as_fake(network: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A network on the meta device, its tensors replaced by fake ones on the CPU; inside a `FakeTensorMode`."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+            setattr(module, name, fake)
+    return network
 
 
 def _inputs(unet: UNet2DConditionModel, images: int) -> dict[str, Any]:
