@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from bkd.guidance import OnePassGuidance, one_pass_guidance
 from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import scaled_tensors
-from bkd.model_folder import model_digest, parts_of, read_json, weight_files
+from bkd.model_folder import model_digest, parts_of, weight_files
 from bkd.models import load_noise_schedule, load_unet
 from bkd.output_folder import check_output, require_new_file
 from bkd.proof import check_lora, check_reload, probe_output
@@ -63,11 +62,6 @@ def _cast(part: Path, dtype: torch.dtype) -> None:
             metadata = stored.metadata()
         tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in load_file(file).items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=metadata)
-    settings = part / "config.json"
-    known = read_json(settings) if settings.is_file() else {}
-    if key := next((key for key in ("dtype", "torch_dtype") if key in known), None):
-        known[key] = str(dtype).removeprefix("torch.")
-        settings.write_text(json.dumps(known, indent=2) + "\n")
 
 
 def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> OnePassGuidance | None:

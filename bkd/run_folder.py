@@ -192,8 +192,10 @@ def require_finished(run: RunFolder) -> None:
     """Refuse a run whose student may change, or be half of something.
 
     Raises:
-        BkdError: If a process works on it, or it was stopped.
+        BkdError: If it is no run, a process works on it, or it was stopped.
     """
+    if not run.facts_file.is_file():
+        raise ModelError("not a run: there is no run.json", where=run.path, remedy="give a folder of `bkd train`")
     require_not_held(run.path)
     facts = run.facts()
     if run.student.is_dir() and facts.get("status") != "done":

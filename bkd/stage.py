@@ -97,7 +97,7 @@ class StageRun:
     def train(self) -> None:
         """To the last step, and leave a student folder."""
         job = self._job
-        job.listener.phase(f"training {self._stage.student} on {job.parallel}")
+        job.listener.phase(f"training {self._stage.student.described} on {job.parallel}")
         if job.parallel.is_main and (job.parallel.kind == "fsdp2" or self._stage.method.name == "finetune"):
             # In shards it could draw only with all processes together, and what is fine-tuned is no longer the same.
             self._pictures.draw_teacher()

@@ -23,7 +23,7 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", "
 
 @contextmanager
 def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """A pipeline folder in the making, with all but the UNet: the teacher's other parts byte for byte, and the plan.
+    """A pipeline folder in the making, with all but the UNet: the teacher's other parts, and the plan.
 
     It takes its name when the block ends well, and vanishes when it does not.
 
@@ -37,6 +37,7 @@ def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts:
         for part in parts_of(teacher):
             if part != "unet":
                 shutil.copytree(teacher / part, unfinished / part, ignore=_other_weights)
+                load_as_float32(unfinished / part)
         shutil.copyfile(teacher / "model_index.json", unfinished / "model_index.json")
         described = {**json.loads(plan.to_json()), **facts}
         (unfinished / PLAN_FILE).write_text(json.dumps(described, indent=2) + "\n")
@@ -98,6 +99,18 @@ def write_student(
             scheduler.write_text(json.dumps(settings, indent=2) + "\n")
         unet.save_pretrained(unfinished / "unet", safe_serialization=True)
         check_reload(unfinished, probe_output(unet))
+
+
+def load_as_float32(part: Path) -> None:
+    """Have a part load in float32 where nobody says otherwise.
+
+    diffusers then loads its parts in float32, and transformers its own in the dtype that their configuration names: a
+    text encoder in float16 and a UNet in float32 do not run together.
+    """
+    settings = part / "config.json"
+    known = read_json(settings) if settings.is_file() else {}
+    if changed := {key: "float32" for key in ("dtype", "torch_dtype") if known.get(key) in ("float16", "bfloat16")}:
+        settings.write_text(json.dumps({**known, **changed}, indent=2) + "\n")
 
 
 def _other_weights(part: str, names: list[str]) -> set[str]:

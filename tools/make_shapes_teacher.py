@@ -30,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from bkd.data.images import to_model_range
 from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene, scene
 from bkd.data.shapes_checker import check, rendered
+from bkd.student_folder import load_as_float32
 
 MAX_TOKENS = 24
 PROMPT_DROPOUT = 0.1
@@ -309,6 +310,7 @@ def assemble(work: Path, output: Path) -> None:
         requires_safety_checker=False,
     )
     pipe.to(dtype=torch.float16).save_pretrained(output, safe_serialization=True)
+    load_as_float32(output / "text_encoder")
     for config in output.glob("*/config.json"):  # saving notes where a part was loaded from
         facts = json.loads(config.read_text())
         facts.pop("_name_or_path", None)

@@ -24,10 +24,9 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
     """
     for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
         memory = estimated(recipe, number, inputs.teacher, plan)
-        trained = "" if memory.trained == memory.parameters else f", {memory.trained:,} trained beside frozen ones"
-        console.print(
-            f"{stage.student}: {memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters{trained}"
-        )
+        size = f"{memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters"
+        adapters = f", and {memory.trained:,} that train" if stage.lora is not None else ""
+        console.print(f"{stage.student.described}: {size}{adapters}")
         rows = [[part, gib(size)] for part, size in memory.parts().items()]
         console.print("memory of a step's tensors; `bkd bench train` measures it with all that comes on top:")
         console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))

@@ -34,6 +34,11 @@ class Student:
     def __str__(self) -> str:
         return self.path or self.blocks or WHOLE
 
+    @property
+    def described(self) -> str:
+        """For people."""
+        return "all blocks" if str(self) == WHOLE else str(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
