@@ -134,7 +134,7 @@ def bench_train(
 
     Fit(
         method,
-        SimulatedSamples(pipe, native_resolution(teacher)),
+        SimulatedSamples(pipe, recipe.data.resolution or native_resolution(teacher)),
         train,
         checkpoints=Unsaved(),
         parallel=parallel,

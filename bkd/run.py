@@ -21,7 +21,7 @@ from bkd.errors import ModelError, RecipeError
 from bkd.files import cache_folder
 from bkd.locate import locate
 from bkd.lora.adapters import add_adapters, trained_tensors
-from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config
+from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config, vae_factor
 from bkd.models import best_device, describe_device, load_pipeline
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
@@ -76,11 +76,40 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
     require_trackers(recipe.train.trackers)
     share(recipe.train.batch, parts=recipe.train.grad_accum * process_place().world_size, part=0)
     config = unet_config(teacher)
-    plans = tuple(plan_stage(teacher, stage) for stage in recipe.stages)
+    side = training_resolution(recipe, teacher) // vae_factor(teacher)
+    plans = tuple(plan_stage(teacher, stage).at_size(side, config["sample_size"]) for stage in recipe.stages)
     for stage, plan in zip(recipe.stages, plans, strict=True):
         if (sites := stage.method.compared) is not None:
             check_pairs(config, plan, plan.feature_pairs[sites])
     return teacher, plans
+
+
+def training_resolution(recipe: Recipe, teacher: Path) -> int:
+    """Side of the training images, in pixels: the teacher's own, but fine-tuning may choose another.
+
+    Raises:
+        RecipeError: If the networks cannot work at that resolution, or the teacher would teach at one not its own.
+    """
+    native = native_resolution(teacher)
+    wanted = recipe.data.resolution or native
+    if wanted != native and any(stage.method.name != "finetune" for stage in recipe.stages):
+        raise RecipeError(
+            "the recipe's resolution is not the teacher's",
+            where="data.resolution",
+            got=f"{wanted} px; the teacher {recipe.teacher.id} draws {native} px",
+            allowed=str(native),
+            remedy=f"data.resolution={native}, or leave it out, or choose another teacher",
+        )
+    unit = vae_factor(teacher) * 2 ** (len(unet_config(teacher)["down_block_types"]) - 1)
+    if wanted % unit:
+        raise RecipeError(
+            "the UNet cannot halve this resolution as often as it has levels",
+            where="data.resolution",
+            got=wanted,
+            allowed=f"multiples of {unit}",
+            remedy=f"data.resolution={max(unit, round(wanted / unit) * unit)}",
+        )
+    return wanted
 
 
 def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
@@ -94,15 +123,6 @@ def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
         BkdError: If the teacher, a plan, the shards or the resolution do not fit.
     """
     teacher, plans = check_teacher(recipe)
-    resolution = native_resolution(teacher)
-    if recipe.data.resolution not in (None, resolution):
-        raise RecipeError(
-            "the recipe's resolution is not the teacher's",
-            where="data.resolution",
-            got=f"{recipe.data.resolution} px; the teacher {recipe.teacher.id} draws {resolution} px",
-            allowed=str(resolution),
-            remedy=f"data.resolution={resolution}, or leave it out, or choose another teacher",
-        )
     wish = DataWish(
         CaptionSource.parse(recipe.data.caption),
         parse_filters(recipe.data.filters),
@@ -113,7 +133,7 @@ def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
         recipe.data.shards,
         teacher,
         wish,
-        resolution=resolution,
+        resolution=training_resolution(recipe, teacher),
         mirrored=recipe.data.mirror,
         progress=progress,
     )

@@ -3,25 +3,47 @@
 import dataclasses
 import hashlib
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bkd.data.shapes import HELD_OUT, POSITIONS, SPLITS, render, scene, scenes
+from bkd.data.shapes import HELD_OUT, POSITIONS, SPLITS, THEME_SHAPE, render, scene, scenes
 from bkd.data.shapes_checker import check, parse_caption, rendered
 from bkd.errors import DataError
 from tools.check_shapes_gates import one_attribute_wrong
 
+GOLDEN_THEME = "2fc76aedc106d32171b4e3c04029085315c315c472b72b10de70143bb10477e9"
 GOLDEN = "91a32e7ece35fb2373e84fe83344c682df7379c4cbe66f8751f9b2e3048a1fa1"
 
 
-def test_the_world_never_changes():
+@pytest.mark.parametrize(
+    ("splits", "golden"), [(("train", "val", "test", "novel"), GOLDEN), (("theme", "theme-test"), GOLDEN_THEME)]
+)
+def test_the_world_never_changes(splits, golden):
     digest = hashlib.sha256()
-    for split in SPLITS:
+    for split in splits:
         for drawn in scenes(split, 50):
             digest.update(drawn.caption.encode() + render(drawn).tobytes())
-    assert digest.hexdigest() == GOLDEN
+    assert digest.hexdigest() == golden
+
+
+def test_the_theme_is_in_every_scene_of_its_splits_and_in_no_other():
+    for split in SPLITS:
+        themed = [any(o.shape == THEME_SHAPE for o in s.objects) for s in scenes(split, 300)]
+        assert all(themed) if split.startswith("theme") else not any(themed)
+    train = {s.described for s in scenes("theme", 2000)}
+    assert not train & {s.described for s in scenes("theme-test", 500)}
+
+
+def test_only_captions_that_speak_of_the_theme_are_read_with_it():
+    """The verdict on every other caption is what it was before there was a theme."""
+    drawn = next(s for s in scenes("theme", 50) if len(s.objects) == 1)
+    (diamond,) = drawn.objects
+    circle = replace(drawn, objects=(replace(diamond, shape="circle"),))
+    themed, plain = (check(rendered([drawn]), [s.caption])[0].seen.objects[0].shape for s in (drawn, circle))
+    assert themed == THEME_SHAPE and plain != THEME_SHAPE
 
 
 def test_a_scene_is_a_function_of_its_index():

@@ -58,7 +58,18 @@ class RemovalPlan:
     @property
     def changes_nothing(self) -> bool:
         """Whether the student starts as its teacher's copy."""
-        return not self.overrides
+        return not (self.removed or self.added)
+
+    def at_size(self, sample_size: int, native: int) -> RemovalPlan:
+        """The same student, for latents of another size.
+
+        Args:
+            sample_size: Side of the latents that it is trained on.
+            native: Side of those that the teacher was trained on.
+        """
+        if sample_size == native:
+            return self
+        return replace(self, overrides={**self.overrides, "sample_size": sample_size})
 
     def with_guidance_input(self, dim: int) -> RemovalPlan:
         """The same student with an input for the guidance scale, which changes nothing until it is trained.
