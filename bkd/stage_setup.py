@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -123,26 +124,50 @@ def build_method(
         teacher: Its folder.
         device: To train on.
     """
+    student, _ = place_networks(recipe, number, plan, pipe, device)
+    return assemble(recipe, number, plan, pipe, student, teacher)
+
+
+def place_networks(
+    recipe: Recipe, number: int, plan: RemovalPlan, pipe: Any, device: torch.device
+) -> tuple[UNet2DConditionModel, bool]:
+    """The stage's student on the device, and whether the teacher's UNet is there, too; arguments of `build_method`."""
     train, stage = recipe.train, recipe.stages[number]
     dtype, shards = training_dtype(train.mixed_precision), shards_networks(train.parallel)
     student = start_student(pipe.unet, plan, stage, recipe.seed, can_share=not shards)
     place_encoders(pipe, dtype, device)
-    if _shares_base(stage) or not isinstance(stage.method, Finetune):
+    needs_teacher = _shares_base(stage) or not isinstance(stage.method, Finetune)
+    if needs_teacher:
         use_channels_last(pipe.unet.to(device, dtype), train.channels_last, dtype, device)
-    if (
-        stage.lora is not None and not _shares_base(stage) and not shards
-    ):  # as shared weights are; shards must all have one dtype
-        _cast_frozen(student, dtype)
+    if stage.lora is not None and not _shares_base(stage) and not shards:
+        _cast_frozen(student, dtype)  # as shared weights are; shards must all have one dtype
     use_channels_last(student.to(device), train.channels_last, dtype, device)
+    return student, needs_teacher
+
+
+def assemble(
+    recipe: Recipe, number: int, plan: RemovalPlan, pipe: Any, student: UNet2DConditionModel, teacher: Path
+) -> Method:
+    """The method of a stage, of networks in their places; arguments of `build_method`."""
+    settings = recipe.stages[number].method
     diffusion = Diffusion(
         schedule=load_noise_schedule(teacher),
         scaling_factor=pipe.vae.config.scaling_factor,
         captions=caption_encoder(pipe),
-        prompt_dropout=train.prompt_dropout,
-        min_snr_gamma=stage.method.min_snr_gamma,
-        random_conditioning=isinstance(stage.method, Kd) and stage.method.random_conditioning,
+        prompt_dropout=recipe.train.prompt_dropout,
+        min_snr_gamma=settings.min_snr_gamma,
+        random_conditioning=isinstance(settings, Kd) and settings.random_conditioning,
     )
-    return _method(stage, plan, pipe.unet, student, diffusion)
+    if isinstance(settings, Finetune):
+        return Finetuning(student=student, diffusion=diffusion)
+    pairs = plan.feature_pairs[settings.sites]
+    if isinstance(settings, Guided):
+        return GuidedDistillation(
+            teacher=pipe.unet, student=student, diffusion=diffusion, pairs=pairs, settings=settings
+        )
+    return KnowledgeDistillation(
+        teacher=pipe.unet, student=student, diffusion=diffusion, pairs=pairs, loss=settings.loss
+    )
 
 
 def start_student(
@@ -178,15 +203,3 @@ def _cast_frozen(student: UNet2DConditionModel, dtype: torch.dtype) -> None:
     for parameter in student.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-
-
-def _method(
-    stage: Stage, plan: RemovalPlan, teacher: UNet2DConditionModel, student: UNet2DConditionModel, diffusion: Diffusion
-) -> Method:
-    settings = stage.method
-    if isinstance(settings, Finetune):
-        return Finetuning(student=student, diffusion=diffusion)
-    pairs = plan.feature_pairs[settings.sites]
-    if isinstance(settings, Guided):
-        return GuidedDistillation(teacher=teacher, student=student, diffusion=diffusion, pairs=pairs, settings=settings)
-    return KnowledgeDistillation(teacher=teacher, student=student, diffusion=diffusion, pairs=pairs, loss=settings.loss)

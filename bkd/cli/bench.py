@@ -90,3 +90,26 @@ def speed_(
     if output is not None:
         write_speed_report(report, output)
         console.print(f"report: {output / 'speed.json'}, {output / 'speed.svg'}")
+
+
+@bench.command("memory")
+def memory_(
+    recipe: Annotated[str, typer.Argument(help="Packaged name such as shapes/guided-lora, or a .yaml file.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value …, such as stages.0.lora.r=64.")] = None,
+    batch: Annotated[Optional[list[int]], typer.Option(min=1, help="Images in a pass; may be repeated.")] = None,
+    count: Annotated[
+        bool, typer.Option(help="Count tensors' bytes without weights, data or time; else measure real steps.")
+    ] = False,
+) -> None:
+    """Peak memory of a recipe's training, by part, beside what else it could be: whole, or without sharing."""
+    from bkd.recipe.load import load_recipe
+
+    parsed = load_recipe(recipe, [*(overrides or ()), "data.shards=simulated"])
+    prepare()
+    from bkd.bench_memory import compare_memory
+    from bkd.cli.memory_view import show_memory
+
+    batches = batch or [parsed.train.batch // parsed.train.grad_accum]
+    with progress_view() as view:
+        report = compare_memory(parsed, batches, count=count, phase=view.phase)
+    show_memory(report)

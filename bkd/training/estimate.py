@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from bkd.environment import shards_networks
 from bkd.hooks import FeatureTap
+from bkd.live_bytes import as_fake
 from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.models import autocast, training_dtype
 from bkd.recipe.schema import Train
@@ -140,7 +141,7 @@ def activation_bytes(student: UNet2DConditionModel, train: Train, images: int) -
 
     with FakeTensorMode():
         # Fake tensors know shapes and dtypes only; on the CPU attention keeps what it keeps on a GPU, too.
-        student = _as_fake(student).train()
+        as_fake(student.train(), {})
         if train.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         inputs = _inputs(student, images)
@@ -164,20 +165,11 @@ def feature_bytes(teacher: UNet2DConditionModel, names: list[str], train: Train,
     if not names:
         return 0
     with FakeTensorMode(), torch.no_grad():
-        teacher = _as_fake(teacher)
+        as_fake(teacher, {})
         inputs = _inputs(teacher, images)
         with FeatureTap(teacher, names) as tap:
             _, features = tap.run(lambda: teacher(**inputs))
         return sum(feature.numel() for feature in features) * training_dtype(train.mixed_precision).itemsize
-
-
-def _as_fake(network: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A network on the meta device, its tensors replaced by fake ones on the CPU; inside a `FakeTensorMode`."""
-    for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
-            setattr(module, name, fake)
-    return network
 
 
 def _inputs(unet: UNet2DConditionModel, images: int) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""Memory of training: what is counted without weights is what real steps hold, to the byte."""
+
+import gc
+
+import pytest
+import torch
+
+from bkd.bench_memory import _measure, count_memory, for_one_pass, memory_stages
+from bkd.live_bytes import LiveBytes
+from bkd.recipe.load import load_recipe
+
+NAMES = ("full fine-tune", "full distillation", "LoRA", "LoRA, shared", "LoRA, shared, sd-small")
+
+
+def test_live_bytes_are_those_that_are_still_there():
+    there = torch.zeros(256)
+    with LiveBytes([there]) as live:
+        first = torch.zeros(1024)
+        view = first[:10]
+        assert live.now == 1024 + 4096
+        second = first + 1
+        del first
+        assert live.now == 1024 + 8192  # the view holds on to it
+        del view, second
+        assert (live.now, live.peak) == (1024, 1024 + 8192)
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """What is compared, in bfloat16, by name."""
+    recipe = load_recipe("shapes/guided-lora", ["data.shards=simulated", "train.mixed_precision=bf16"])
+    return {name: for_one_pass(recipe, stage, 2) for name, stage in memory_stages(recipe.stages[0]).items()}
+
+
+@pytest.fixture(scope="module")
+def counted(recipes, teacher_folder):
+    return {name: count_memory(recipe, teacher_folder) for name, recipe in recipes.items()}
+
+
+@pytest.mark.parametrize("name", ["full distillation", "LoRA, shared, sd-small"])
+def test_counted_is_measured(recipes, counted, name, cache):
+    gc.collect()
+    measured = dict(_measure(recipes[name]))
+    assert measured.pop("process") > 2**20
+    rest, whole = "gradients, activations", counted[name]["peak"]
+    assert measured.pop("peak") == pytest.approx(whole, rel=1e-4)
+    assert measured.pop(rest) == pytest.approx(counted[name][rest], abs=1e-4 * whole)
+    assert measured == {part: size for part, size in counted[name].items() if part in measured}
+
+
+def test_sharing_costs_the_adapters_alone(counted):
+    adapters = counted["LoRA, shared"]["student"]
+    assert counted["LoRA"]["student"] - adapters == counted["LoRA"]["teacher"]
+    assert 2 * counted["LoRA"]["teacher"] == counted["full fine-tune"]["student"]  # half the precision
+    peaks = [counted[name]["peak"] for name in ("full distillation", "full fine-tune", *NAMES[2:])]
+    assert peaks == sorted(peaks, reverse=True) and counted["LoRA, shared"]["optimizer"] <= 2.01 * adapters
+
+
+def test_the_table(bkd, counted, monkeypatch):
+    rows = iter([{"skipped": "out of memory"}, *list(counted.values())[1:]])
+    monkeypatch.setattr("bkd.bench_memory.count_memory", lambda recipe, teacher: next(rows))
+    code, printed = bkd("bench", "memory", "shapes/guided-lora", "--batch", 2, "--count")
+    assert code == 0, printed
+    assert "MiB, 2 images a pass" in printed and "full fine-tune skipped: out of memory" in printed
+    assert f"{counted['LoRA, shared']['peak'] / 2**20:,.0f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shapes/guided-lora", "stages.0.lora.r=64"], "this rank is larger than the module"),
+        (["shapes/nothing"], "unknown recipe"),
+        (["shapes/guided-lora", "teacher.id=nowhere"], "no model 'nowhere'"),
+    ],
+)
+def test_bad_input(bkd_refuses, arguments, message):
+    bkd_refuses(["bench", "memory", *arguments, "--count"], message)
