@@ -11,8 +11,11 @@ from safetensors.torch import save_file
 from bkd.data.latent_folder import open_latents
 from bkd.data.latent_set import LatentSet
 from bkd.locate import locate
+from bkd.lora.adapters import add_adapters
 from bkd.models import load_pipeline
-from bkd.recipe.stages import Loss
+from bkd.recipe.stages import Lora, Loss
+from bkd.surgery.build import build_student
+from bkd.surgery.unet import plan_removal
 from bkd.training.parallel import start_parallel
 from bkd.training.stop import Interrupted, StopSignal
 from tests.training import kd, make_fit
@@ -26,6 +29,7 @@ RUNS = {
     "recomputed": {**SGD, "gradient_checkpointing": True, "max_steps": 5},
     "features-only": {**SGD, "max_steps": 5},
     "captions": {**SGD, "max_steps": 5},
+    "adapters": {**SGD, "lr": 0.1, "max_steps": 5},
     "stopped": {"lr": 1e-3},
     "continued": {"lr": 1e-3},
 }
@@ -39,6 +43,13 @@ METHODS = {
 }
 
 
+def adapted(pipe, *, share):
+    """A student with adapters over the teacher's weights, or over a copy, which shards need."""
+    student = build_student(pipe.unet, plan_removal(pipe.unet.config, "sd-tiny"), share_base=share)
+    add_adapters(student, Lora(r=4, also_train=("norms",)), seed=1)
+    return student
+
+
 def run(name, latents, out):
     folder = locate("shapes")
     pipe = load_pipeline(folder)
@@ -47,7 +58,8 @@ def run(name, latents, out):
     losses = []
     place = out / ("stopped" if name == "continued" else name)
     settings = {"max_steps": STEPS, "checkpoint_every": STEPS, **RUNS[name]}
-    method = kd(pipe, folder, **METHODS.get(name, {}))
+    student = adapted(pipe, share=parallel.kind != "fsdp2") if name == "adapters" else None
+    method = kd(pipe, folder, student=student, **METHODS.get(name, {}))
     fit = make_fit(method, data, place / "checkpoints", losses.append, parallel=parallel, **settings)
     if name == "stopped":  # one process is asked, all stop
         fit._reads_after = lambda done, stop: setattr(stop, "requested", parallel.place.rank == 1) or done == 7

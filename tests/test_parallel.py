@@ -14,7 +14,7 @@ from tests.parallel_runs import RUNS, STEPS, run
 from tests.test_data import cached
 
 ROOT = Path(__file__).parent.parent
-PLAIN = ["sgd", "adamw", "passes", "recomputed", "features-only", "captions"]
+PLAIN = ["sgd", "adamw", "passes", "recomputed", "features-only", "captions", "adapters"]
 
 
 @pytest.fixture(scope="module")

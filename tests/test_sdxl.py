@@ -46,3 +46,19 @@ def test_an_sdxl_student_is_distilled(bkd, family_folders, shards, tmp_path):
     code, printed = bkd("train", "shapes/sd-small", teacher, f"data.shards={shards[1]}", *arguments)
     assert code == 0, printed
     assert "student_of" in bkd("inspect", tmp_path / "run", "--json")[1]
+
+
+@pytest.mark.parametrize("lora", ["null", "{r: 4}"])
+def test_an_sdxl_students_guidance_is_distilled(bkd, family_folders, shards, tmp_path, monkeypatch, lora):
+    monkeypatch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
+    overrides = ["train.max_steps=2", "train.batch=4", f"stages.0.lora={lora}", "samples.num_inference_steps=2"]
+    data = [f"teacher.id={family_folders['sdxl']}", f"data.shards={shards[1]}"]
+    code, printed = bkd("train", "shapes/guided", *data, *overrides, "-o", tmp_path / "run")
+    assert code == 0, printed
+    student, counts = load_pipeline(tmp_path / "run" / "student"), []
+    real = student.unet.forward
+    monkeypatch.setattr(
+        student.unet, "forward", lambda x, *args, **more: counts.append(len(x)) or real(x, *args, **more)
+    )
+    student("a picture", num_inference_steps=2, guidance_scale=5.0, output_type="latent")
+    assert counts == [1, 1]

@@ -12,7 +12,8 @@ from bkd.errors import DataError, EnvironmentProblem, RecipeError, ShapeMismatch
 from bkd.eval.pictures import with_unet
 from bkd.losses import feature_kd_losses, task_loss
 from bkd.models import use_channels_last
-from bkd.recipe.schema import Loss, Train
+from bkd.recipe.schema import Train
+from bkd.recipe.stages import Loss
 from bkd.rng import StepRng
 from bkd.surgery.plan import FeaturePair
 from bkd.surgery.sites import check_pairs

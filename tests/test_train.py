@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import DataError, EnvironmentProblem, TrainingError
-from bkd.recipe.schema import Loss, Train
+from bkd.recipe.schema import Train
+from bkd.recipe.stages import Loss
 from bkd.run_folder import RunFolder
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events

@@ -32,7 +32,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output.")] = False,
 ) -> None:
-    """Write a run's student for others, and prove that it loads without bkd."""
+    """Hand on what a run made: a pipeline folder, or a LoRA file."""
     from bkd.errors import ModelError, one_of
     from bkd.run_folder import RunFolder
 
