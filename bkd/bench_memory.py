@@ -33,7 +33,7 @@ from bkd.models import autocast, best_device, describe_device, load_pipeline, tr
 from bkd.progress import Phase
 from bkd.recipe.load import dump_recipe, load_recipe
 from bkd.recipe.schema import Recipe, Train
-from bkd.recipe.stages import WHOLE, Finetune, Lora, Stage, Student
+from bkd.recipe.stages import WHOLE, Finetune, Kd, Lora, Stage, Student
 from bkd.rng import StepRng
 from bkd.stage_setup import assemble, place_networks, plan_stage
 from bkd.surgery.build import build_empty
@@ -52,7 +52,8 @@ def memory_stages(stage: Stage) -> dict[str, Stage]:
     whole, pruned = Student(blocks=WHOLE), stage.student
     if str(pruned) == WHOLE:
         pruned = Student(blocks=USUAL_PRUNING)
-    learning = replace(stage, student=whole, lora=None)
+    method = Kd() if isinstance(stage.method, Finetune) else stage.method
+    learning = replace(stage, student=whole, lora=None, method=method)
     return {
         "full fine-tune": replace(learning, method=Finetune()),
         "full distillation": learning,

@@ -83,6 +83,7 @@ def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> One
             computes something else; nothing is left behind then.
     """
     require_finished(run)
+    locate(run.path)
     require_new_file(output, ".safetensors", overwrite=overwrite)
     recipe = run.recipe()
     if not (run.path / ADAPTER_FILE).is_file():
@@ -111,6 +112,8 @@ def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> One
 
 def _require_expressible(run: RunFolder, adapter: Adapter, teacher: Path) -> None:
     plan, reasons = adapter.plan, []
+    if (start := run.recipe().stages[-1].student.path) is not None:
+        reasons.append(f"the adapters belong to the weights of {start}, not to the original model's")
     if plan.added:
         reasons.append("the student has an input for the guidance scale, which the original model lacks")
     if plan.removed:

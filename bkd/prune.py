@@ -10,14 +10,15 @@ from torch import Tensor
 
 from bkd.cost import UNetCost, unet_cost
 from bkd.errors import SurgeryError
-from bkd.model_folder import model_digest, prompt_length, read_json, unet_config
+from bkd.guidance import one_pass_guidance
+from bkd.model_folder import model_digest, prompt_length, unet_config
 from bkd.models import load_unet
 from bkd.output_folder import check_output
 from bkd.proof import check_finite, check_reload, check_tensors, probe_output
-from bkd.student_folder import new_student_folder
+from bkd.student_folder import new_student_folder, plan_facts
 from bkd.surgery.build import build_student
 from bkd.surgery.compatibility import compatibility_notes
-from bkd.surgery.plan import PLAN_FILE, RemovalPlan
+from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.unet import plan_removal
 from bkd.unet_weights import check_unet_weights, stored_dtype
 
@@ -109,7 +110,8 @@ def prune(
         "teacher": name,
         "teacher_revision": revision,
         "teacher_digest": digest,
-        "teacher_plan": read_json(teacher / PLAN_FILE) if (teacher / PLAN_FILE).is_file() else None,
+        "teacher_plan": plan_facts(teacher),
+        "guidance": known.facts() if (known := one_pass_guidance(teacher)) else None,
         "cost_before": asdict(pruning.before),
         "cost_after": asdict(pruning.after),
     }

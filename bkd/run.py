@@ -27,7 +27,7 @@ from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder, is_trained
 from bkd.stage import Job, Listener, StageRun, student_folder
-from bkd.stage_setup import plan_stage
+from bkd.stage_setup import plan_stage, student_kind
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.sites import check_pairs
@@ -79,6 +79,8 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
     side = training_resolution(recipe, teacher) // vae_factor(teacher)
     plans = tuple(plan_stage(teacher, stage).at_size(side, config["sample_size"]) for stage in recipe.stages)
     for stage, plan in zip(recipe.stages, plans, strict=True):
+        if recipe.samples.prompts:
+            student_kind(stage, teacher).pipeline_scale(recipe.samples.guidance_scale, "samples.guidance_scale")
         if (sites := stage.method.compared) is not None:
             check_pairs(config, plan, plan.feature_pairs[sites])
     return teacher, plans

@@ -6,6 +6,7 @@ metrics.jsonl        one line per logged step
 checkpoints/<stage>/<step>/
 stages/<nn-name>/student/     students of all stages but the last
 student/             the final one, a stock pipeline folder
+adapter.safetensors  what trained of it, where it trained through adapters
 samples/  eval/  report.html
 run.lock             while a process works on it
 """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bkd.data.latent_set import LatentSet
 from bkd.eval.pictures import ValidationPictures
+from bkd.guidance import StudentKind, one_pass_guidance
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import merged, trained_tensors, unshared
 from bkd.models import load_unet, training_dtype
@@ -23,7 +24,7 @@ from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder
 from bkd.stage_setup import build_method, start_student, student_kind
-from bkd.student_folder import write_student
+from bkd.student_folder import plan_facts, write_student
 from bkd.surgery.plan import RemovalPlan
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events, Fit
@@ -91,7 +92,8 @@ class StageRun:
         self._dtype = training_dtype(job.recipe.train.mixed_precision)
         self._stage = job.recipe.stages[number]
         self._kind = student_kind(self._stage, job.teacher)
-        self._pictures = ValidationPictures(pipe, job.recipe.samples, self._dtype, self._device, self._kind)
+        theirs = StudentKind(one_pass_guidance(job.teacher))
+        self._pictures = ValidationPictures(pipe, job.recipe.samples, self._dtype, self._device, self._kind, theirs)
         self._metrics = MetricsLog(job.run.metrics)
 
     def train(self) -> None:
@@ -102,7 +104,7 @@ class StageRun:
             # In shards it could draw only with all processes together, and what is fine-tuned is no longer the same.
             self._pictures.draw_teacher()
         method = build_method(job.recipe, self._number, self._plan, self._pipe, job.teacher, self._device)
-        self._student = method.trainable
+        self._student, self._adapted = method.trainable, tuple(trained_tensors(method.trainable))
         started = time.monotonic()
         with Trackers(job.recipe.train.trackers, self._tracked()) as self._trackers:
             fit = Fit(
@@ -145,7 +147,7 @@ class StageRun:
     def _on_resume(self, step: int) -> None:
         self._trackers.start(step)
         if self._stage.lora is not None and self._stage.lora.share_base:
-            copies = unshared(self._student, self._pipe.unet, self._plan)
+            copies = unshared(self._student, self._pipe.unet, self._plan, own=self._adapted)
             assert not copies, f"weights that should be the teacher's are copies: {copies[:3]}"
         if not self._job.parallel.is_main:
             return
@@ -211,12 +213,17 @@ class StageRun:
         if self._stage.lora is None:
             stock = student.to("cpu", memory_format=torch.contiguous_format)
         else:
-            trained = {name: tensor.detach().cpu() for name, tensor in trained_tensors(student).items()}
-            adapter = Adapter(trained, self._stage.lora, self._plan, digest)
-            adapter.save(output.parent / ADAPTER_FILE)
+            trained = {name: student.get_parameter(name).detach().cpu() for name in self._adapted}
             stock = merged(self._rebuilt(trained))  # onto the teacher's weights as they are stored
-        facts = {"teacher": job.recipe.teacher.id, "teacher_digest": digest, "steps": job.recipe.train.max_steps}
+        facts = {
+            "teacher": job.recipe.teacher.id,
+            "teacher_digest": digest,
+            "teacher_plan": plan_facts(job.teacher),
+            "steps": job.recipe.train.max_steps,
+        }
         write_student(output, teacher=job.teacher, unet=stock, plan=self._plan, kind=self._kind, facts=facts)
+        if self._stage.lora is not None:
+            Adapter(trained, self._stage.lora, self._plan, digest).save(output.parent / ADAPTER_FILE)
 
     def _add_seconds(self, seconds: float) -> None:
         """Training time of the stage, over all the calls it took."""

@@ -18,7 +18,7 @@ from bkd.methods.captions import caption_encoder
 from bkd.methods.finetune import Finetuning
 from bkd.methods.guided import GuidedDistillation
 from bkd.methods.kd import KnowledgeDistillation
-from bkd.model_folder import model_digest, unet_config
+from bkd.model_folder import model_digest, read_json, unet_config
 from bkd.models import load_noise_schedule, load_unet, place_encoders, training_dtype, use_channels_last
 from bkd.prediction_type import PredictionType
 from bkd.recipe.schema import Recipe
@@ -54,11 +54,36 @@ def plan_stage(teacher: Path, stage: Stage) -> RemovalPlan:
             got=f"method {method.name}",
             remedy="method.name=guided with a range for method.guidance_scale, or a student without that input",
         )
+    if isinstance(method, Guided) and method.prediction_type is not None:
+        _require_expressible(teacher, method)
     if stage.student.path is not None:
         _require_prediction_type(locate(stage.student.path), teacher, stage)
     if stage.lora is not None:
         require_adaptable(build_empty(config, plan), stage.lora)
     return plan
+
+
+def _require_expressible(teacher: Path, method: Guided) -> None:
+    """Some predictions do not say what others do, and not every scheduler knows all of them."""
+    schedule, wanted = load_noise_schedule(teacher), method.prediction_type
+    assert wanted is not None
+    timesteps = torch.arange(schedule.num_train_timesteps)
+    weights = schedule.predicting(wanted).truncated_snr_weight(timesteps)
+    if not all(factors.isfinite().all() for factors in (*schedule.conversion(timesteps, wanted), weights)):
+        raise RecipeError(
+            f"at this teacher's noisiest timestep {wanted} and {schedule.prediction_type} do not say the same",
+            where="stages.0.method.prediction_type",
+            got=f"{wanted}, of a schedule without signal at its end",
+            allowed="v_prediction from v_prediction, or the teacher's own",
+        )
+    scheduler = read_json(teacher / "scheduler" / "scheduler_config.json").get("_class_name")
+    if wanted == "sample" and scheduler == "PNDMScheduler":
+        raise RecipeError(
+            "the teacher's scheduler, which the student is drawn with, does not take this prediction",
+            where="stages.0.method.prediction_type",
+            got=f"{wanted}; {scheduler}",
+            allowed="epsilon, v_prediction",
+        )
 
 
 def student_kind(stage: Stage, teacher: Path) -> StudentKind:
@@ -186,6 +211,7 @@ def start_student(
         student = load_unet(locate(stage.student.path))
         if plan.added and not student.config.time_cond_proj_dim:
             student = build_student(student, plan_removal(student.config, WHOLE).with_guidance_input(GUIDANCE_DIM))
+        student.register_to_config(sample_size=plan.overrides.get("sample_size", teacher.config.sample_size))
     elif stage.lora is None and isinstance(stage.method, Finetune) and can_share:
         student = build_student(teacher, plan, share_base=True).requires_grad_(True)
     else:

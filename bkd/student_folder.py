@@ -72,6 +72,11 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
     replace_folder(unfinished, folder)
 
 
+def plan_facts(folder: Path) -> dict[str, Any] | None:
+    """What a pipeline folder's plan file says; None for models that were not made by removal."""
+    return read_json(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+
+
 def write_student(
     folder: Path,
     *,

@@ -12,9 +12,11 @@ from PIL import Image
 from bkd.cli.app import main
 from bkd.eval.generate import generate
 from bkd.guidance import one_pass_guidance
+from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.models import load_pipeline
 from bkd.run_folder import RunFolder
+from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
 
 SHORT = ["train.batch=8", "train.max_steps=4", "train.checkpoint_every=2", "train.log_every=1", "train.warmup_steps=0"]
@@ -145,6 +147,26 @@ def test_an_input_for_the_scale_and_another_prediction_are_reasons_too(bkd, bkd_
     assert json.loads((run / "student/scheduler/scheduler_config.json").read_text())["prediction_type"] == "epsilon"
 
 
+def test_adapters_over_other_weights_than_the_teachers_make_no_file_for_it(bkd_refuses, train, pruned, fixed):
+    path = f"stages.0.student={{path: {fixed}}}"
+    run = train("over", "shapes/guided-lora", path, "stages.0.lora.share_base=false", "samples.prompts=[]")
+    bkd_refuses(["export", run, "--format", "lora", "-o", "out.safetensors"], "the adapters belong to the weights of")
+
+
+def test_adapters_that_no_loss_reaches_are_kept_all_the_same(train):
+    features = "stages.0.method.loss={task: 0, output_kd: 0, feature_kd: 1}"
+    overrides = ["stages.0.student.blocks=sd-tiny", "stages.0.lora.also_train=[norms]", features, "samples.prompts=[]"]
+    run = train("unreached", "shapes/sd-small-lora", "stages.0.method.sites=self-attn", *overrides)
+    adapter = Adapter.load(run / ADAPTER_FILE)
+    adapter.put_on(build_student(load_pipeline(locate("shapes")).unet, adapter.plan))
+
+
+def test_a_pruned_one_pass_student_still_knows_its_scale(bkd, fixed, tmp_path, without_reload):
+    code, printed = bkd("prune", fixed, "--blocks", "sd-tiny", "-o", tmp_path / "smaller")
+    assert code == 0, printed
+    assert one_pass_guidance(tmp_path / "smaller") == one_pass_guidance(fixed / "student")
+
+
 def test_another_prediction_type_says_what_the_first_loss_is(capsys, train):
     train("epsilon", "shapes/guided", "stages.0.method.prediction_type=epsilon", "samples.prompts=[]")
     assert "the student predicts epsilon with weights that did not: loss " in capsys.readouterr().out
@@ -216,6 +238,8 @@ def test_a_finished_student_is_fine_tuned_with_and_without_adapters(bkd, train, 
         (["shapes/guided", "samples.guidance_scale=9"], "samples.guidance_scale=9 is not one that the student learns"),
         (["shapes/guided-lora", "stages.0.lora.target_modules=[to_qq]"], "did you mean 'to_q'?"),
         (["shapes/guided-lora", "stages.0.lora.r=64"], "this rank is larger than the module it would adapt"),
+        (["shapes/guided-lora", "stages.0.lora.rank_pattern={to_q: 0}"], "a rank is 1 or more (got to_q: 0)"),
+        (["shapes/guided-lora", "stages.0.lora.rank_pattern={'to_q[': 4}"], "is no regular expression"),
         (["shapes/guided-lora", "train.parallel=fsdp2"], "use train.parallel=ddp, or lora.share_base=false"),
         (["shapes/guided-lora", "stages.0.student={path: x}"], "lora.share_base: the weights of student.path"),
         (["shapes/guided", "stages.0.student.path=x"], "give either blocks or path"),
@@ -242,6 +266,7 @@ def test_a_one_pass_student_teaches_nobody(bkd_refuses, told, fixed):
         (["shapes"], "not a run"),
         (["{fixed}", "--format", "onnx"], "unknown format 'onnx'"),
         (["{fixed}", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["{fixed}", "--format", "lora", "--dtype", "float16"], "a LoRA file is float32"),
         (["{fixed}", "--format", "lora"], "the output is a .safetensors file"),
     ],
 )

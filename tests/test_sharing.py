@@ -200,6 +200,7 @@ def test_precision_of_forward_passes_is_that_of_the_frozen_weights(pipe):
         (Lora(target_modules=("to_q", "attn3.to_k")), "ends in 'attn3.to_k'; did you mean 'attn2.to_k'?"),
         (Lora(target_modules=("norm1",)), "no linear or convolutional module's path ends in 'norm1'"),
         (Lora(target_modules=()), "no module is adapted"),
+        (Lora(target_modules=("to_q", "2")), "'2' is also the end of paths of modules that are neither"),
         (Lora(r=64), "got: 64\n  allowed: at most 32 there\n  try: stages.0.lora.r=32"),
         (Lora(r=4, rank_pattern={"conv9": 2}), "no adapted module's path ends like 'conv9'"),
     ],

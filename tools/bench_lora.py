@@ -1,6 +1,6 @@
 """Steps of training with adapters, taking turns in one process: what sharing costs, and what a smaller base saves.
 
-    python tools/bench_lora.py [--batch 32] [--mixed-precision bf16]
+python tools/bench_lora.py [--batch 32] [--mixed-precision bf16]
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ def export(
     kind: Annotated[
         str, typer.Option("--format", help="pipeline: a stock folder, adapters merged; lora: a file of adapters.")
     ] = "pipeline",
-    dtype: Annotated[str, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        Optional[str], typer.Option(help="Of a pipeline's weights: float32 (default), bfloat16 or float16.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output.")] = False,
 ) -> None:
     """Hand on what a run made: a pipeline folder, or a LoRA file."""
@@ -37,13 +39,17 @@ def export(
     from bkd.run_folder import RunFolder
 
     one_of(kind, ("pipeline", "lora"), kind="format", error=ModelError)
+    if kind == "lora" and dtype is not None:
+        raise ModelError("a LoRA file is float32, as its adapters were trained", where="--dtype", remedy="leave it out")
     prepare()
     from bkd.export import export_lora, export_pipeline
     from bkd.models import DTYPES
 
     console.print("writing and reloading …")
     if kind == "pipeline":
-        export_pipeline(RunFolder(run), output, DTYPES[one_of(dtype, DTYPES, kind="dtype")], overwrite=overwrite)
+        export_pipeline(
+            RunFolder(run), output, DTYPES[one_of(dtype or "float32", DTYPES, kind="dtype")], overwrite=overwrite
+        )
         console.print(f"done: {output} is a stock diffusers pipeline folder")
         return
     guidance = export_lora(RunFolder(run), output, overwrite=overwrite)

@@ -40,7 +40,9 @@ def with_unet(
     parts = {**pipe.components, "unet": unet}
     if prediction_type is not None:
         parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction_type)
+    size = unet.config.sample_size
     other: StableDiffusionPipeline = type(pipe)(**parts, **settings)
+    unet.register_to_config(sample_size=size)  # diffusers takes small ones of early configurations for mistakes
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -54,6 +56,7 @@ class ValidationPictures:
         dtype: Of the forward passes.
         device: To draw on.
         kind: How the student is used.
+        teacher_kind: How the teacher is.
     """
 
     def __init__(
@@ -63,14 +66,17 @@ class ValidationPictures:
         dtype: torch.dtype,
         device: torch.device,
         kind: StudentKind,
+        teacher_kind: StudentKind,
     ) -> None:
-        self._pipe, self._samples, self._dtype, self._device, self._kind = pipe, samples, dtype, device, kind
+        self._pipe, self._samples, self._dtype, self._device = pipe, samples, dtype, device
+        self._kind, self._teacher_kind = kind, teacher_kind
         self._teacher: Tensor | None = None
 
     def draw_teacher(self) -> None:
         """Now, rather than at the first picture."""
         if self._teacher is None and self._samples.prompts:
-            self._teacher = self._draw(self._pipe, self._samples.guidance_scale)
+            scale = self._teacher_kind.pipeline_scale(self._samples.guidance_scale, "teacher")
+            self._teacher = self._draw(self._pipe, scale)
 
     def save(self, path: Path, student: UNet2DConditionModel) -> None:
         """Write one picture, where there are prompts."""

@@ -6,7 +6,7 @@ survives moves and casts of either network. Whatever trains without an adapter i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ SCALE_PROJECTION = GUIDANCE_INPUT.removesuffix(".weight")
 def add_adapters(student: UNet2DConditionModel, lora: Lora, *, seed: int = 0) -> None:
     """Freeze a UNet, and give it adapters that change nothing until they are trained.
 
-    What trains afterwards has `requires_grad`: the adapters, in float32; an input for the guidance scale, where there
-    is one; and clones, in float32, of what `lora.also_train` names.
+    What trains afterwards has `requires_grad`: the adapters, in float32 over a float32 student; an input for the
+    guidance scale, where there is one; and clones, in float32, of what `lora.also_train` names.
 
     Args:
         student: Changed in place; its tensors may be shared with its teacher and stay as they are.
@@ -49,7 +49,7 @@ def add_adapters(student: UNet2DConditionModel, lora: Lora, *, seed: int = 0) ->
         alpha_pattern=ranks if lora.lora_alpha is None else {},
         lora_dropout=lora.lora_dropout,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student.add_adapter(config, ADAPTER)
     for layer in _layers(student).values():
@@ -87,6 +87,7 @@ def require_adaptable(student: nn.Module, lora: Lora) -> None:
     """
     modules = {name: module for name, module in student.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     modules.pop(SCALE_PROJECTION, None)
+    everything = [name for name, _ in student.named_modules() if name != SCALE_PROJECTION]
     if not lora.target_modules:
         raise SurgeryError("no module is adapted", where=f"{KEY}.target_modules", got="an empty list")
     chosen: dict[str, nn.Linear | nn.Conv2d] = {}
@@ -99,6 +100,14 @@ def require_adaptable(student: nn.Module, lora: Lora) -> None:
                 f"no linear or convolutional module's path ends in '{target}'{suggest(target, sorted(endings))}",
                 where=f"{KEY}.target_modules",
                 allowed=", ".join(kinds) + ", to_out.0, net.0.proj, and longer ends of paths",
+            )
+        others = [name for name in everything if f".{name}".endswith(f".{target}") and name not in modules]
+        if others:
+            raise SurgeryError(
+                f"'{target}' is also the end of paths of modules that are neither linear nor convolutional",
+                where=f"{KEY}.target_modules",
+                got=", ".join(others[:3]),
+                remedy="give a longer end of the path",
             )
         chosen |= found
     for pattern in lora.rank_pattern:
@@ -158,11 +167,20 @@ def scaled_tensors(student: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def unshared(student: nn.Module, teacher: nn.Module, plan: RemovalPlan) -> list[str]:
-    """Names of frozen tensors of a student that are not its teacher's own; none where all weights are shared."""
+def unshared(student: nn.Module, teacher: nn.Module, plan: RemovalPlan, own: Collection[str] = ()) -> list[str]:
+    """Names of frozen tensors of a student that are not its teacher's own; none where all weights are shared.
+
+    Args:
+        student: With adapters.
+        teacher: The UNet that it shares with.
+        plan: How the student comes from it.
+        own: Names that are not to be shared though they are frozen, such as adapters that no loss reaches.
+    """
     theirs = {name: parameter.data_ptr() for name, parameter in teacher.named_parameters()}
     return [
         name
         for name, parameter in student.named_parameters()
-        if not parameter.requires_grad and parameter.data_ptr() != theirs.get(plan.source_of(without_adapters(name)))
+        if not parameter.requires_grad
+        and name not in own
+        and parameter.data_ptr() != theirs.get(plan.source_of(without_adapters(name)))
     ]

@@ -124,7 +124,7 @@ class GuidedDistillation:
             return first.float(), second.float(), features
         both, features = self._features.of_teacher(lambda: predict(_joined(unconditional, conditional)))
         first, second = both.float().chunk(2)
-        return first, second, [feature.chunk(2)[1] for feature in features]
+        return first, second, [feature.chunk(2)[1].clone() for feature in features]  # the other half can go
 
 
 def _as_many(one: Conditioning, like: Conditioning) -> Conditioning:

@@ -273,6 +273,13 @@ def stage_conflicts(stage: Stage, recipe: Recipe) -> Iterator[str]:
         yield "method.random_conditioning: a batch of 1 has no other captions"
     if isinstance(method, Guided):
         yield from _guidance_problems(method, recipe)
+    for pattern, rank in (stage.lora.rank_pattern if stage.lora is not None else {}).items():
+        if rank < 1:
+            yield f"lora.rank_pattern: a rank is 1 or more (got {pattern}: {rank})"
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"lora.rank_pattern: {pattern!r} is no regular expression: {error}"
     if stage.lora is not None and stage.lora.share_base:
         if student.path is not None:
             yield (

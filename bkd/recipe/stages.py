@@ -193,7 +193,7 @@ class Lora:
         r: Rank.
         lora_alpha: Scale; as large as `r` when not given.
         target_modules: Ends of module paths; every linear and convolutional module with one of them is adapted.
-        rank_pattern: End of a module path -> another rank for it.
+        rank_pattern: Regular expression for the end of module paths -> another rank for them.
         lora_dropout: Of the adapters' input.
         share_base: Whether the student's frozen weights are the teacher's own tensors instead of a copy.
         also_train: Small tensors that train themselves besides.

@@ -112,7 +112,7 @@ def training_memory(
     features = feature_bytes(empty_teacher, [pair.teacher for pair in pairs], train, images)
     return TrainingMemory(
         teacher=size * teacher // split if shares or not isinstance(stage.method, Finetune) else 0,
-        student=(4 * trained + (0 if shares else size * frozen)) // split,
+        student=(4 * trained + (0 if shares else (4 if shards_networks(train.parallel) else size) * frozen)) // split,
         gradients=4 * trained // split,
         optimizer=MOMENT_BYTES[train.optimizer] * trained // split,
         average=(4 * trained // split) if train.ema else 0,
