@@ -52,6 +52,8 @@ endef
 results: $(INSTALLED)  ## train and compare every method and student, 3 seeds; hours, continues where it stopped
 	$(VENV)/bin/python tools/results_runs.py -o runs/results
 	$(VENV)/bin/python tools/results_page.py runs/results -o docs
+	$(VENV)/bin/python tools/results_guided_runs.py -o runs/results-guided
+	$(VENV)/bin/python tools/results_guided_page.py runs/results-guided -o docs
 
 gates: $(INSTALLED)  ## measure the embedded world and its teacher on 1,000 prompts
 	$(VENV)/bin/python tools/check_shapes_gates.py

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bkd.bench import SimulatedSamples
 from bkd.environment import process_peak
+from bkd.errors import RecipeError
 from bkd.live_bytes import LiveBytes, as_fake, distinct_bytes
 from bkd.locate import locate
 from bkd.methods.base import Method, map_tensors
@@ -33,8 +34,9 @@ from bkd.models import autocast, best_device, describe_device, load_pipeline, tr
 from bkd.progress import Phase
 from bkd.recipe.load import dump_recipe, load_recipe
 from bkd.recipe.schema import Recipe, Train
-from bkd.recipe.stages import WHOLE, Finetune, Kd, Lora, Stage, Student
+from bkd.recipe.stages import WHOLE, Finetune, Lora, Stage, Student
 from bkd.rng import StepRng
+from bkd.run import check_stages
 from bkd.stage_setup import assemble, place_networks, plan_stage
 from bkd.surgery.build import build_empty
 from bkd.training.average import Average
@@ -48,18 +50,20 @@ USUAL_PRUNING = "sd-small"
 
 def memory_stages(stage: Stage) -> dict[str, Stage]:
     """What is compared, by name: the first is what the others are percentages of."""
-    lora = stage.lora or Lora()
-    whole, pruned = Student(blocks=WHOLE), stage.student
-    if str(pruned) == WHOLE:
-        pruned = Student(blocks=USUAL_PRUNING)
-    method = Kd() if isinstance(stage.method, Finetune) else stage.method
-    learning = replace(stage, student=whole, lora=None, method=method)
+    lora, can_share = stage.lora or Lora(), stage.student.path is None
+    if isinstance(stage.method, Finetune):
+        adapted = replace(stage, lora=replace(lora, share_base=can_share))
+        return {"full fine-tune": replace(stage, lora=None), "LoRA fine-tune": adapted}
+    pruned = Student(blocks=USUAL_PRUNING) if str(stage.student) == WHOLE else stage.student
+    learning = replace(stage, student=Student(blocks=WHOLE), lora=None)
     return {
         "full fine-tune": replace(learning, method=Finetune()),
         "full distillation": learning,
         "LoRA": replace(learning, lora=replace(lora, share_base=False)),
         "LoRA, shared": replace(learning, lora=replace(lora, share_base=True)),
-        f"LoRA, shared, {pruned}": replace(stage, student=pruned, lora=replace(lora, share_base=True)),
+        f"LoRA, {'shared, ' if can_share else ''}{pruned}": replace(
+            stage, student=pruned, lora=replace(lora, share_base=can_share)
+        ),
     }
 
 
@@ -76,13 +80,21 @@ def compare_memory(recipe: Recipe, batches: Sequence[int], *, count: bool, phase
         `how`, `dtype`, `optimizer`, and under `batches`, by batch and name, bytes by part.
 
     Raises:
-        BkdError: If the teacher, or the recipe's stage, does not fit.
+        BkdError: If the teacher, or the recipe's stage, does not fit, or a count is not possible.
     """
     own = recipe.teacher
     teacher = locate(own.id, revision=own.revision, config=own.config, weights=not count)
     stages = memory_stages(recipe.stages[0])
     for stage in stages.values():
-        plan_stage(teacher, stage)
+        check_stages(replace(recipe, stages=(stage,)), teacher)
+    if count and recipe.train.optimizer == "adamw-8bit":
+        raise RecipeError(
+            "8-bit states cannot be counted",
+            where="train.optimizer",
+            got=recipe.train.optimizer,
+            allowed="adamw, sgd",
+            remedy="measure on the GPU, without --count",
+        )
     found: dict[int, dict[str, Any]] = {batch: {} for batch in batches}
     for batch, rows in found.items():
         for name, stage in stages.items():

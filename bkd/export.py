@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from bkd.errors import ModelError, OutputError
+from bkd.errors import ModelError
+from bkd.files import replace_file
 from bkd.guidance import OnePassGuidance, one_pass_guidance
 from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
@@ -134,16 +136,11 @@ def _require_expressible(run: RunFolder, adapter: Adapter, teacher: Path) -> Non
 
 
 def _write(output: Path, tensors: dict[str, Tensor], teacher: Path, student: UNet2DConditionModel) -> None:
-    """The file gets its name when the teacher, with it, has computed what the student does."""
-    unfinished = output.with_name(f".{output.name}.unfinished.safetensors")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        check_lora(unfinished, teacher, probe_output(student))
-        unfinished.replace(output)
-    except OSError as error:
-        raise OutputError(
-            "the file cannot be written", where=output, got=error.strerror, remedy="choose another -o"
-        ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Once the teacher, with such a file, has computed what the student does."""
+    content = save(tensors, metadata={"format": "pt"})
+    with tempfile.TemporaryDirectory() as scratch:
+        tried = Path(scratch) / "lora.safetensors"
+        tried.write_bytes(content)
+        check_lora(tried, teacher, probe_output(student))
+    with replace_file(output) as stream:
+        stream.write(content)

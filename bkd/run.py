@@ -64,7 +64,6 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
         BkdError: If the teacher, a plan, its sites, the precision or the batch do not fit.
     """
     teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
-    _check_trainable(recipe, teacher)
     if recipe.train.mixed_precision == "fp16" and best_device().type == "cpu":
         raise RecipeError(
             "float16 training needs a GPU",
@@ -75,6 +74,20 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
         )
     require_trackers(recipe.train.trackers)
     share(recipe.train.batch, parts=recipe.train.grad_accum * process_place().world_size, part=0)
+    return teacher, check_stages(recipe, teacher)
+
+
+def check_stages(recipe: Recipe, teacher: Path) -> tuple[RemovalPlan, ...]:
+    """The plan of each stage; only configurations are read.
+
+    Args:
+        recipe: As validated.
+        teacher: Pipeline folder.
+
+    Raises:
+        BkdError: If the teacher, a plan, its sites or the resolution do not fit.
+    """
+    _check_trainable(recipe, teacher)
     config = unet_config(teacher)
     side = training_resolution(recipe, teacher) // vae_factor(teacher)
     plans = tuple(plan_stage(teacher, stage).at_size(side, config["sample_size"]) for stage in recipe.stages)
@@ -83,7 +96,7 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
             student_kind(stage, teacher).pipeline_scale(recipe.samples.guidance_scale, "samples.guidance_scale")
         if (sites := stage.method.compared) is not None:
             check_pairs(config, plan, plan.feature_pairs[sites])
-    return teacher, plans
+    return plans
 
 
 def training_resolution(recipe: Recipe, teacher: Path) -> int:

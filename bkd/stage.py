@@ -161,7 +161,7 @@ class StageRun:
         self._job.listener.step(report)
         if report.step == 1 and self._kind.prediction_type:
             self._job.listener.phase(
-                f"the student predicts {self._kind.prediction_type} with weights that did not: loss {report.total:.4g} "
+                f"the student predicts {self._kind.prediction_type} and its teacher does not: loss {report.total:.4g} "
                 "before the first update"
             )
         every = self._job.recipe.train.log_every

@@ -125,13 +125,18 @@ def _plan_student(teacher: Path, student: Student) -> RemovalPlan:
 def _require_prediction_type(student: Path, teacher: Path, stage: Stage) -> None:
     ours, theirs = (load_noise_schedule(folder).prediction_type for folder in (student, teacher))
     wished = stage.method.prediction_type if isinstance(stage.method, Guided) else None
+    remedies = {
+        "guided": f"method.prediction_type={ours}",
+        "kd": f"a student that predicts {theirs}",
+        "finetune": f"teacher.id={stage.student.path} in place of student.path",
+    }
     if ours != (wished or theirs):
         raise RecipeError(
             "this student predicts something else than it would be trained for",
             where="stages.0.student.path",
             got=ours,
             allowed=wished or theirs,
-            remedy=f"method.name=guided with method.prediction_type={ours}",
+            remedy=remedies[stage.method.name],
         )
 
 

@@ -169,7 +169,7 @@ def test_a_pruned_one_pass_student_still_knows_its_scale(bkd, fixed, tmp_path, w
 
 def test_another_prediction_type_says_what_the_first_loss_is(capsys, train):
     train("epsilon", "shapes/guided", "stages.0.method.prediction_type=epsilon", "samples.prompts=[]")
-    assert "the student predicts epsilon with weights that did not: loss " in capsys.readouterr().out
+    assert "the student predicts epsilon and its teacher does not: loss " in capsys.readouterr().out
 
 
 def test_adapters_of_another_teacher_are_refused(bkd_refuses, fixed, told, tmp_path_factory):

@@ -1,6 +1,7 @@
 """Memory of training: what is counted without weights is what real steps hold, to the byte."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,17 @@ def test_sharing_costs_the_adapters_alone(counted):
     assert whole["peak"] > copied["peak"] > shared["peak"]
 
 
+def test_fine_tuning_is_compared_with_adapters_of_the_same_model():
+    stage = load_recipe("shapes/lora-finetune").stages[0]
+    full, adapted = memory_stages(stage).values()
+    assert full == replace(stage, lora=None) and adapted == stage
+
+
+def test_a_student_that_is_there_already_shares_nothing():
+    stage = load_recipe("shapes/guided", ["stages.0.student={path: runs/mine}"]).stages[0]
+    assert not memory_stages(stage)["LoRA, runs/mine"].lora.share_base
+
+
 def test_the_table(bkd, counted, monkeypatch):
     rows = iter([{"skipped": "out of memory"}, counted["LoRA"], *counted.values()])
     monkeypatch.setattr("bkd.bench_memory.count_memory", lambda recipe, teacher: next(rows))
@@ -72,6 +84,8 @@ def test_the_table(bkd, counted, monkeypatch):
         (["shapes/guided-lora", "stages.0.lora.r=64"], "this rank is larger than the module"),
         (["shapes/nothing"], "unknown recipe"),
         (["shapes/guided-lora", "teacher.id=nowhere"], "no model 'nowhere'"),
+        (["shapes/guided-lora", "data.resolution=64"], "the recipe's resolution is not the teacher's"),
+        (["shapes/guided-lora", "train.optimizer=adamw-8bit"], "8-bit states cannot be counted"),
     ],
 )
 def test_bad_input(bkd_refuses, arguments, message):

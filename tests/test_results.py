@@ -1,4 +1,4 @@
-"""The experiment of `make results`: which runs it has, and what its page says of them."""
+"""The experiments of `make results`: which trainings they have, and what their pages say of them."""
 
 import csv
 import io
@@ -7,13 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))  # its scripts import each other by name
 
+import experiment
+import measures
+import results_guided_page as guided_page
+import results_guided_runs as guided
 import results_page as page
 import results_runs as runs
 
+from bkd.locate import locate
 from bkd.recipe.load import load_recipe
+from bkd.stage_setup import plan_stage
 from bkd.surgery.presets import PRESETS
 
 WEIGHTS = dict.fromkeys(runs.FEATURES, 1.0)
@@ -51,10 +58,10 @@ def test_weights_are_chosen_by_prompts_and_seeds_of_their_own():
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
-    runs.require_same_settings(tmp_path, "settings", {"steps": 8})
-    runs.require_same_settings(tmp_path, "settings", {"steps": 8})
+    experiment.require_same_settings(tmp_path, "settings", {"steps": 8})
+    experiment.require_same_settings(tmp_path, "settings", {"steps": 8})
     with pytest.raises(SystemExit, match="made otherwise"):
-        runs.require_same_settings(tmp_path, "settings", {"steps": 20})
+        experiment.require_same_settings(tmp_path, "settings", {"steps": 20})
 
 
 def test_every_way_to_train_has_a_line_in_the_chart():
@@ -65,28 +72,35 @@ def test_every_way_to_train_has_a_line_in_the_chart():
 def test_intervals_know_of_seeds_and_of_prompts():
     rng = np.random.default_rng(0)
     same, other = np.full((3, 400), 1), (rng.random((3, 400)) < 0.5).astype(np.int64)
-    assert page.mean(same) == (100.0, 100.0, 100.0)
-    prompts_only = page.mean(other)
+    assert measures.mean(same) == (100.0, 100.0, 100.0)
+    prompts_only = measures.mean(other)
     assert 4 < prompts_only.high - prompts_only.low < 9  # of 1,200 coins, 5.7 points
     unequal = np.repeat([[0], [0], [1]], 400, axis=1)
-    assert page.mean(unequal).low == 0 and page.mean(unequal).high > 90
+    assert measures.mean(unequal).low == 0 and measures.mean(unequal).high > 90
 
 
 def test_a_difference_is_paired():
-    before = {0: page.Drawn(np.arange(400) % 2 == 0, 1.0)}
-    after = {0: page.Drawn(np.arange(400) % 2 == 0, 1.0), 1: page.Drawn(np.ones(400, bool), 1.0)}
-    assert page.difference(before, after) == "+0.0"
-    better = {0: page.Drawn(np.arange(400) % 4 != 3, 1.0)}
-    assert page.difference(before, better).startswith("**+25.0 [")
-    assert page.difference(before, {}) == ""
+    before = {0: np.arange(400) % 2 == 0}
+    after = {0: np.arange(400) % 2 == 0, 1: np.ones(400, bool)}
+    assert measures.difference(before, after) == "+0.0"
+    better = {0: np.arange(400) % 4 != 3}
+    assert measures.difference(before, better).startswith("**+25.0 [")
+    assert measures.difference(before, {}) == ""
 
 
 def test_a_page_without_its_place_is_left_alone(tmp_path):
-    (tmp_path / "results.md").write_text("# Results\n")
+    written = tmp_path / "results.md"
+    written.write_text("# Results\n")
     with pytest.raises(SystemExit, match="needs the lines"):
-        page.read_page(tmp_path / "results.md")
-    (tmp_path / "results.md").write_text("before\n<!-- experiment -->\nold\n<!-- /experiment -->\nafter\n")
-    assert page.read_page(tmp_path / "results.md") == ("before\n", "\nafter\n")
+        measures.Section(written, "experiment")
+    written.write_text("before\n<!-- experiment -->\nold\n<!-- /experiment -->\nafter\n")
+    measures.Section(written, "experiment").write(["## New", "word " * 30])
+    lines = written.read_text().splitlines()
+    assert lines[:4] == ["before", "<!-- experiment -->", "", "## New"] and lines[-2:] == [
+        "<!-- /experiment -->",
+        "after",
+    ]
+    assert "old" not in lines and max(map(len, lines)) <= 120
 
 
 def test_figures_of_every_seed_can_be_read_by_others():
@@ -96,3 +110,37 @@ def test_figures_of_every_seed_can_be_read_by_others():
     first, second = csv.DictReader(io.StringIO(page.figures(cells)))
     assert first["held out (%)"] == "0.00" and second["held out (%)"] == "100.00" and second["seed"] == "2"
     assert first["all prompts (%)"] == "62.50" and (first["steps"], first["shapes-FID"]) == ("25", "1.5000")
+
+
+def test_each_way_through_adapters_is_there_with_every_seed_and_fits():
+    rates = {way.tried: 1e-3 for way in guided.WAYS}
+    planned = guided.comparisons(Path("out"), rates, 3)
+    assert len(planned) == 3 * len(guided.WAYS) == 42
+    files = [t.drawn(step, scale) for t in planned.values() for step in t.points for scale in t.scales(step)]
+    assert len(set(files)) == len(files)
+    for way in guided.WAYS:
+        stage = load_recipe(way.recipe, list(way.overrides(1e-3))).stages[0]
+        plan_stage(locate("shapes"), stage)
+        assert (stage.lora is None) is (way.rank is None) and (stage.lora is None or stage.lora.r == way.rank)
+        assert stage.method.name == ("guided" if way.student == guided.WHOLE else "kd")
+        assert getattr(stage.method, "takes_scale", False) is way.told
+
+
+def test_learning_rates_are_chosen_by_prompts_and_seeds_of_their_own(tmp_path, monkeypatch):
+    trials = guided.trials(tmp_path)
+    assert {training.seed for training in trials.values()} == {experiment.TRIAL_SEED}
+    assert {way.tried for way in guided.WAYS} == {way for way, _ in trials}
+    scores = {1e-4: 1.0, 3e-4: 3.0, 1e-3: 3.0, 4e-3: 5.0, 16e-3: 5.0}
+    monkeypatch.setattr(guided, "trial_score", lambda folder, way, training: scores[float(training.folder.name)])
+    best = guided.best_rates(tmp_path)  # the smallest of equals
+    assert {best[way] for way in best} == {3e-4, 4e-3}
+    assert {way.student for way in best if best[way] == 3e-4} == {guided.WHOLE}
+
+
+def test_closeness_is_a_peak_signal_to_noise_ratio():
+    images = np.zeros((2, 3, 4, 4), np.uint8)
+    others = images.copy()
+    others[0] += 51  # a fifth of the range
+    errors = guided.squared_errors(*map(torch.from_numpy, (images, others)))
+    assert errors.tolist() == pytest.approx([0.04, 0.0])
+    assert guided_page.Drawn(np.ones(2, bool), errors).closeness == pytest.approx(-10 * np.log10(0.02))

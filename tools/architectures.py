@@ -1,4 +1,4 @@
-"""UNet configurations of the models that presets were made for."""
+"""Configurations of the models that presets were made for."""
 
 SD1 = {
     "sample_size": 64,
@@ -10,6 +10,20 @@ SD1 = {
     "attention_head_dim": 8,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+SD1_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+SD1_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "sample_size": 512,
 }
 SDXL = {
     "sample_size": 128,

@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from architectures import SD1_TEXT, SD1_VAE
 from bench_prune import make_teacher
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-LEVELS = 4
 PRESETS = ("sd-small", "sd-tiny")
 
 
@@ -31,17 +31,8 @@ def make_other_parts_real(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     tokenizer.model_max_length = 77
     tokenizer.save_pretrained(folder / "tokenizer")
-    config = CLIPTextConfig(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * LEVELS,
-        up_block_types=["UpDecoderBlock2D"] * LEVELS,
-        block_out_channels=[128, 256, 512, 512],
-        layers_per_block=2,
-        sample_size=512,
-    ).save_pretrained(folder / "vae")
+    CLIPTextModel(CLIPTextConfig(**SD1_TEXT)).save_pretrained(folder / "text_encoder")
+    AutoencoderKL(**SD1_VAE).save_pretrained(folder / "vae")
 
 
 def main() -> None:

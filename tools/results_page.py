@@ -14,16 +14,26 @@ import csv
 import io
 import itertools
 import sys
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import experiment
 import numpy as np
 import results_runs as runs
 import torch
+from experiment import (
+    GUIDANCE_SCALE,
+    NUM_INFERENCE_STEPS,
+    NUM_PROMPTS,
+    POINTS,
+    SETTINGS,
+    TRIAL_PROMPTS,
+    TRIAL_STEPS,
+)
 from matplotlib.figure import Figure
+from measures import NUM_RESAMPLES, Interval, Section, difference, mean, shown, spread, table
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,9 +46,8 @@ from bkd.eval.shapes_suite import NUM_REFERENCE, REFERENCE_SEED
 from bkd.eval.statistics import CONFIDENCE
 from bkd.files import replace_file, write_atomically
 
-BEGIN, END = "<!-- experiment -->", "<!-- /experiment -->"
-SHOWN = (25, max(runs.POINTS))  # steps after which students are looked at more closely
-NUM_RESAMPLES, FLOOR_SEEDS = 1000, (2, 3, 4)
+SHOWN = (25, max(POINTS))  # steps after which students are looked at more closely
+FLOOR_SEEDS = (2, 3, 4)
 UNTRAINED, BLOCK = "pruned only", "+ feature KD (block)"
 PAIRS = {  # arms that differ in one thing: before and after
     "task loss → + output KD": ("task loss", "+ output KD"),
@@ -58,7 +67,7 @@ STYLES = {  # colour (Okabe & Ito's, which the colour-blind tell apart), line an
     "+ random conditioning": ("#CC79A7", "-", "P"),
     "random initialisation": ("#D55E00", "-", "X"),
 }
-prompts = cache(runs.prompts)
+prompts = cache(experiment.prompts)
 
 
 class Drawn(NamedTuple):
@@ -66,12 +75,6 @@ class Drawn(NamedTuple):
 
     correct: NDArray[np.bool_]
     distance: float
-
-
-class Interval(NamedTuple):
-    value: float
-    low: float
-    high: float
 
 
 Cell: TypeAlias = tuple[str, str, int]  # student, arm, step
@@ -87,14 +90,14 @@ def renders(counts: Mapping[str, int], seed: int) -> Tensor:
 def kinds() -> dict[str, NDArray[np.bool_]]:
     """Which prompts an accuracy is of."""
     two = np.array([" and " in prompt for prompt in prompts()])
-    held_out = np.repeat([split == "novel" for split in runs.NUM_PROMPTS], list(runs.NUM_PROMPTS.values()))
+    held_out = np.repeat([split == "novel" for split in NUM_PROMPTS], list(NUM_PROMPTS.values()))
     return {"all prompts": np.ones_like(two), "two objects": two, "held out": held_out}
 
 
 @cache
 def reference() -> tuple[ShapesFeatures, FeatureStatistics]:
     network, share = load_shapes_features(), NUM_REFERENCE / len(prompts())
-    pixels = renders({split: round(count * share) for split, count in runs.NUM_PROMPTS.items()}, REFERENCE_SEED)
+    pixels = renders({split: round(count * share) for split, count in NUM_PROMPTS.items()}, REFERENCE_SEED)
     return network, FeatureStatistics.of(shapes_features(network, pixels))
 
 
@@ -117,62 +120,33 @@ def planned(folder: Path, seeds: int) -> dict[Path, tuple[Cell, int]]:
     return found
 
 
-def spread(values: Iterable[float]) -> Interval:
-    """Mean, least and greatest."""
-    found = list(values)
-    return Interval(sum(found) / len(found), min(found), max(found))
-
-
-def mean(outcomes: NDArray[np.int64]) -> Interval:
-    """Percent of outcomes (seeds, prompts), each -1, 0 or 1. Interval: seeds, and prompts for them all, drawn anew."""
-    rng = np.random.default_rng(0)
-    seeds, chosen = (rng.multinomial(count, np.full(count, 1 / count), NUM_RESAMPLES) for count in outcomes.shape)
-    means = 100 * (seeds @ outcomes * chosen).sum(axis=1) / outcomes.size
-    low, high = np.quantile(means, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-    return Interval(100 * float(outcomes.mean()), float(low), float(high))
-
-
 def accuracy(found: Mapping[int, Drawn], kind: str = "all prompts") -> Interval:
     return mean(np.stack([drawn.correct[kinds()[kind]] for drawn in found.values()]).astype(np.int64))
+
+
+def correct(cells: Cells, cell: Cell) -> dict[int, NDArray[np.bool_]]:
+    """What `difference` compares."""
+    return {seed: drawn.correct for seed, drawn in cells.get(cell, {}).items()}
 
 
 def distances(found: Mapping[int, Drawn]) -> Interval:
     return spread(drawn.distance for drawn in found.values())
 
 
-def difference(before: Mapping[int, Drawn], after: Mapping[int, Drawn]) -> str:
-    """In accuracy, over the seeds that both have; bold where the interval excludes zero."""
-    pairs = [(before[seed].correct, after[seed].correct) for seed in before if seed in after]
-    if not pairs:
-        return ""
-    found = mean(np.stack([b.astype(np.int64) - a.astype(np.int64) for a, b in pairs]))
-    bold = "**" if found.low > 0 or found.high < 0 else ""
-    return f"{bold}{shown(found, sign='+')}{bold}"
-
-
-def shown(found: Interval, digits: int = 1, sign: str = "-") -> str:
-    value, low, high = (f"{round(part, digits) + 0.0:{sign}.{digits}f}" for part in found)  # + 0.0: no -0.0
-    return f"{value} [{low}, {high}]" if found.low < found.high else value
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
-
-
 def setup_text(seeds: int, teacher: Drawn | None, floor: Interval) -> list[str]:
     every, two, held_out = (int(kept.sum()) for kept in kinds().values())
-    train = {key.removeprefix("train."): value for key, value in runs.SETTINGS.items()}
+    train = {key.removeprefix("train."): value for key, value in SETTINGS.items()}
     versions = ", ".join(f"{name} {str(installed_version(name)).partition('+')[0]}" for name in ("torch", "diffusers"))
     known = f" The teacher: {teacher.correct.mean():.1%} right, shapes-FID {teacher.distance:.2f}." if teacher else ""
     return [
         "### Set-up\n\n    make results",
-        f"Trained: {max(runs.POINTS)} steps of batch {train['batch']}, learning rate {train['lr']:g} "
+        f"Trained: {max(POINTS)} steps of batch {train['batch']}, learning rate {train['lr']:g} "
         f"({train['lr_schedule']}), {train['warmup_steps']} warm-up steps, EMA {train['ema']}, {seeds} seeds; the rest "
         f"as in `recipes/shapes/sd-small.yaml`. {versions}, {'GPU' if torch.cuda.is_available() else 'CPU'}, one "
         "thread a run. `task loss` has that loss alone; the others add the output loss, `+ feature KD` a feature loss. "
         f"`+ random conditioning` is `{BLOCK}` with captions swapped, `random initialisation` from random weights.",
         f"Drawn: {every} prompts that no training has, with the same noise for every network; "
-        f"{runs.DRAWING.num_inference_steps} steps, guidance {runs.DRAWING.guidance_scale:g}, averaged weights. "
+        f"{NUM_INFERENCE_STEPS} steps, guidance {GUIDANCE_SCALE:g}, averaged weights. "
         f"{two} name two objects. {held_out} are held out: combinations that never occur in training.",
         f"Accuracy: percent of prompts drawn right; mean of seeds. In brackets: {CONFIDENCE:.0%} bootstrap intervals "
         f"(seeds and prompts drawn anew, {NUM_RESAMPLES:,} times), of so few seeds rather too narrow than too wide.",
@@ -188,11 +162,11 @@ def trials_text(folder: Path, drawn: Mapping[Path, Drawn]) -> list[str]:
     chosen = runs.best_weights(folder) if all(run.done for run in trials) else {}
     rows = {name: [name] for name in runs.FEATURES}
     for (name, weight), run in zip(itertools.product(runs.FEATURES, runs.FEATURE_WEIGHTS), trials, strict=True):
-        found, bold = drawn.get(run.drawn(runs.TRIAL_STEPS)), "**" if chosen.get(name) == weight else ""
+        found, bold = drawn.get(run.drawn(TRIAL_STEPS)), "**" if chosen.get(name) == weight else ""
         rows[name].append(f"{bold}{100 * found.correct.mean():.1f}{bold}" if found else "")
     return [
         "### Weights of the feature losses",
-        f"Accuracy (%) of sd-tiny after {runs.TRIAL_STEPS} steps, with a seed and prompts (split val) that no other "
+        f"Accuracy (%) of sd-tiny after {TRIAL_STEPS} steps, with a seed and prompts (split val) that no other "
         "run has. The best weight is bold, the smallest of equals; every student is trained with it.",
         table(["feature KD", *(f"weight {weight:g}" for weight in runs.FEATURE_WEIGHTS)], rows.values()),
     ]
@@ -203,7 +177,7 @@ def tables(cells: Cells, student: str) -> list[str]:
     along: list[list[str]] = []
     closer: dict[int, list[list[str]]] = {step: [] for step in SHOWN}
     for name in (UNTRAINED, *STYLES):
-        found = {step: cells.get((student, name, step)) for step in (0, *runs.POINTS)}
+        found = {step: cells.get((student, name, step)) for step in (0, *POINTS)}
         along.append([name, *(f"{accuracy(drawn).value:.1f}" if drawn else "" for drawn in found.values())])
         for step, rows in closer.items():
             if drawn := found[0] or found[step]:
@@ -212,7 +186,7 @@ def tables(cells: Cells, student: str) -> list[str]:
                 rows.append([name, every, seeds, two, held_out, shown(distances(drawn), 2)])
     header = ["all prompts", "seed by seed", "two objects", "held out", "shapes-FID"]
     details = [table([f"after {step} steps", *header], rows) for step, rows in closer.items()]
-    return [table(["accuracy (%) after steps", "0", *map(str, runs.POINTS)], along), *details]
+    return [table(["accuracy (%) after steps", "0", *map(str, POINTS)], along), *details]
 
 
 def differences_text(cells: Cells) -> list[str]:
@@ -224,10 +198,10 @@ def differences_text(cells: Cells) -> list[str]:
     ]
     for student in runs.STUDENTS:
         rows = [
-            [label, *(difference(*(cells.get((student, name, step), {}) for name in names)) for step in runs.POINTS)]
+            [label, *(difference(*(correct(cells, (student, name, step)) for name in names)) for step in POINTS)]
             for label, names in PAIRS.items()
         ]
-        text.append(table([f"{student}, after steps", *map(str, runs.POINTS)], rows))
+        text.append(table([f"{student}, after steps", *map(str, POINTS)], rows))
     return text
 
 
@@ -241,12 +215,12 @@ def chart(path: Path, cells: Cells, student: str, floor: Interval) -> str:
         (right, distances, "shapes-FID, range of seeds"),
     ):
         for name, (color, style, marker) in STYLES.items():
-            if steps := [step for step in runs.POINTS if (student, name, step) in cells]:
+            if steps := [step for step in POINTS if (student, name, step) in cells]:
                 value, low, high = np.array([measured(cells[student, name, step]) for step in steps]).T
                 axes.plot(steps, value, style, color=color, marker=marker, markersize=4, linewidth=1.4, label=name)
                 axes.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
         axes.set(title=f"{student}: {title}", xlabel="optimizer steps", xscale="log")
-        axes.set_xticks(runs.POINTS, map(str, runs.POINTS))
+        axes.set_xticks(POINTS, map(str, POINTS))
         axes.minorticks_off()
         axes.grid(alpha=0.25)
     left.yaxis.set_major_formatter("{x:.0f} %")
@@ -270,15 +244,6 @@ def figures(cells: Cells) -> str:
     return text.getvalue()
 
 
-def read_page(page: Path) -> tuple[str, str]:
-    """What stands before and after the section."""
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or END not in rest:
-        raise SystemExit(f"{page} needs the lines {BEGIN} and {END}, once each and in this order")
-    return before, rest.partition(END)[2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
@@ -286,12 +251,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--partial", action="store_true", help="make do with the runs that are there")
     args = parser.parse_args()
-    page, teacher, plan = args.output / "results.md", args.runs / "teacher.npz", planned(args.runs, args.seeds)
-    before, after = read_page(page)
-    trials = [run.drawn(runs.TRIAL_STEPS) for run in runs.trials(args.runs)]
+    section, teacher, plan = (
+        Section(args.output / "results.md", "experiment"),
+        args.runs / "teacher.npz",
+        planned(args.runs, args.seeds),
+    )
+    trials = [run.drawn(TRIAL_STEPS) for run in runs.trials(args.runs)]
     wanted = [teacher, *trials, *plan]
     there, drawn = [path for path in wanted if path.is_file()], {}
-    of_trials = runs.prompts(runs.TRIAL_PROMPTS)
+    of_trials = experiment.prompts(TRIAL_PROMPTS)
     state = f"{len(wanted) - len(there)} of {len(wanted)} files of images are missing"
     if len(there) < len(wanted) and not args.partial:
         raise SystemExit(f"{args.runs}: {state}; finish tools/results_runs.py, or add --partial")
@@ -302,16 +270,15 @@ def main() -> None:
     for path, (cell, seed) in plan.items():
         if path in drawn:
             cells.setdefault(cell, {})[seed] = drawn[path]
-    floor = spread(shapes_fid(renders(runs.NUM_PROMPTS, seed)) for seed in FLOOR_SEEDS)
+    floor = spread(shapes_fid(renders(NUM_PROMPTS, seed)) for seed in FLOOR_SEEDS)
     parts = [] if len(there) == len(wanted) else [f"**Partial: {state}. Some figures are of fewer seeds, or absent.**"]
     parts += setup_text(args.seeds, drawn.get(teacher), floor) + trials_text(args.runs, drawn)
     for student in runs.STUDENTS:
         picture = chart(args.output / "images" / f"results-{student}.png", cells, student, floor)
         parts += [f"### {student}", picture, *tables(cells, student)]
     parts += differences_text(cells)
-    wrapped = [part if part[0] in "|!#" else textwrap.fill(part, 120, break_on_hyphens=False) for part in parts]
     write_atomically(args.output / "results.csv", figures(cells))
-    write_atomically(page, "\n\n".join([before + BEGIN, *wrapped, END + after]))
+    section.write(parts)
 
 
 if __name__ == "__main__":

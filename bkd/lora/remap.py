@@ -13,10 +13,11 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from bkd.errors import ModelError, OutputError
+from bkd.files import replace_file
 from bkd.model_folder import unet_config
 from bkd.output_folder import require_new_file
 from bkd.surgery.build import build_empty
@@ -92,10 +93,8 @@ def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, ove
             got=f"{len(lost)} tensors of removed modules, {len(unknown)} of modules that the teacher does not have",
             remedy="give a LoRA of the student's own teacher",
         )
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in carried.items()}, unfinished, metadata={"format": "pt"})
-    unfinished.replace(output)
+    with replace_file(output) as stream:
+        stream.write(save({key: tensor.contiguous() for key, tensor in carried.items()}, metadata={"format": "pt"}))
     return Remapped(len(carried), tuple(lost), tuple(unknown))
 
 

@@ -41,7 +41,7 @@ class KnowledgeDistillation:
         self.forward: Callable[..., Any] = student
         self.forward_teacher: Callable[..., Any] = teacher
         self.needs_others = diffusion.random_conditioning
-        self.reaches_all = bool(loss.task or loss.output_kd)
+        self.reaches_all = loss.reaches_all
         self._diffusion = diffusion
         self._features = ComparedFeatures(teacher, student, pairs if loss.feature_kd else (), loss.balancing)
         self.watching = self._features.watching

@@ -59,6 +59,11 @@ class Loss:
     balancing: Balancing = "none"
     min_snr_gamma: float = 0.0
 
+    @property
+    def reaches_all(self) -> bool:
+        """Whether every parameter of a student has a gradient: features alone never reach its last layers."""
+        return bool(self.task or self.output_kd)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kd:
@@ -90,8 +95,8 @@ class Kd:
 
     @property
     def reaches_all(self) -> bool:
-        """Whether every parameter of a student has a gradient: features alone never reach its last layers."""
-        return bool(self.loss.task or self.loss.output_kd)
+        """As in `Loss`."""
+        return self.loss.reaches_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,7 @@ class Guided:
 
     @property
     def reaches_all(self) -> bool:
-        """As in `Kd`."""
+        """As in `Loss`."""
         return bool(self.loss.output_kd)
 
     @property
@@ -175,7 +180,7 @@ class Finetune:
 
 
 def _name(method: Any) -> Any:
-    return method.get("name", "kd") if isinstance(method, dict) else getattr(method, "name", None)
+    return str(method.get("name", "kd")) if isinstance(method, dict) else getattr(method, "name", None)
 
 
 Method = Annotated[

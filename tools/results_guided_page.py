@@ -1,0 +1,273 @@
+"""Measure what tools/results_guided_runs.py drew, and write it into docs/results.md, with its charts.
+
+    python tools/results_guided_page.py RUNS -o docs [--seeds 3]
+
+Replaces what stands between the lines `<!-- one pass and adapters -->` and `<!-- /one pass and adapters -->` of
+results.md, and nothing else of that page. Charts go into images/ beside it, every seed into results-guided.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import experiment
+import numpy as np
+import results_guided_runs as runs
+import torch
+from experiment import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, NUM_PROMPTS, SETTINGS, prompts
+from matplotlib.figure import Figure
+from measures import NUM_RESAMPLES, Interval, Section, difference, mean, shown, spread, table
+from numpy.typing import NDArray
+from results_guided_runs import POINTS, RATES, SCALE, SCALES, SMALL, TINY, TRIAL_STEPS, WAYS, WHOLE, Way
+
+from bkd.data.shapes_checker import check
+from bkd.environment import installed_version
+from bkd.eval.statistics import CONFIDENCE
+from bkd.files import replace_file, write_atomically
+from bkd.locate import locate
+from bkd.models import load_pipeline
+from bkd.recipe.load import load_recipe
+from bkd.stage_setup import plan_stage, start_student
+
+LAST = max(POINTS)
+STYLES = ("#000000", "#D55E00", "#E69F00", "#0072B2")  # of CAPACITIES; Okabe & Ito's, which the colour-blind tell apart
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one network drew.
+
+    Attributes:
+        correct: Whether each image shows what its caption says: (prompts,).
+        errors: Mean squared difference of each image from the guided teacher's, of values from 0 to 1: (prompts,).
+    """
+
+    correct: NDArray[np.bool_]
+    errors: NDArray[np.float64]
+
+    @property
+    def closeness(self) -> float:
+        """PSNR to the guided teacher, in dB."""
+        return runs.decibels(self.errors)
+
+
+Drawings = dict[tuple[Way, int, float], dict[int, Drawn]]
+"""By way, step and guidance scale; then by seed."""
+
+
+def measure(folder: Path, path: Path, scale: float) -> Drawn:
+    images = runs.images_in(path)
+    correct = np.array([verdict.correct for verdict in check(images, prompts())])
+    return Drawn(correct, runs.squared_errors(images, runs.images_in(runs.teacher_file(folder, scale))))
+
+
+def measure_all(folder: Path, rates: Mapping[Way, float], seeds: int) -> Drawings:
+    """Everything that the comparison drew."""
+    found: Drawings = {}
+    trainings = runs.comparisons(folder, rates, seeds)
+    for number, ((way, seed), training) in enumerate(trainings.items(), 1):
+        for step in POINTS:
+            for scale in training.scales(step):
+                drawn = measure(folder, training.drawn(step, scale), scale)
+                found.setdefault((way, step, scale), {})[seed] = drawn
+        print(f"\r{number}/{len(trainings)} trainings", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return found
+
+
+def accuracy(found: Mapping[int, Drawn]) -> Interval:
+    return mean(np.stack([drawn.correct for drawn in found.values()]).astype(np.int64))
+
+
+def closeness(found: Mapping[int, Drawn]) -> Interval:
+    return spread(drawn.closeness for drawn in found.values())
+
+
+def gap(full: Mapping[int, Drawn], other: Mapping[int, Drawn]) -> str:
+    """In accuracy, of adapters to all weights."""
+    before, after = ({seed: drawn.correct for seed, drawn in found.items()} for found in (full, other))
+    return difference(before, after)
+
+
+@cache
+def trained(way: Way) -> str:
+    """How many parameters train, and their share of the student's."""
+    recipe, teacher = load_recipe(way.recipe, list(way.overrides(rate=1.0))), locate("shapes")
+    plan = plan_stage(teacher, recipe.stages[0])
+    student = start_student(load_pipeline(teacher).unet, plan, recipe.stages[0], seed=0)
+    counts = {kept: sum(p.numel() for p in student.parameters() if p.requires_grad is kept) for kept in (True, False)}
+    base = counts[False] or counts[True]  # adapters are no part of the student that they end up in
+    return f"{counts[True]:,} ({counts[True] / base:.0%})"
+
+
+def setup_text(seeds: int) -> list[str]:
+    train = {key.removeprefix("train."): value for key, value in SETTINGS.items()}
+    versions = ", ".join(
+        f"{name} {str(installed_version(name)).partition('+')[0]}" for name in ("torch", "diffusers", "peft")
+    )
+    count = sum(NUM_PROMPTS.values())
+    return [
+        "    make results",
+        f"Trained: {LAST} steps of batch {train['batch']} at a constant learning rate, {train['warmup_steps']} warm-up "
+        f"steps, EMA {train['ema']}, {seeds} seeds; the rest as in `recipes/shapes/guided.yaml` and `sd-small.yaml` "
+        f"(feature KD at every block, weight 1). Adapters (of `{', '.join(runs.TARGETS)}`) are over the teacher's own "
+        f"weights; rank 64 is 32 where a module has 32 channels. {versions}, CPU, one thread a run.",
+        f"Drawn: {count} prompts that no training has, with the same noise for every network; {NUM_INFERENCE_STEPS} "
+        f"steps, averaged weights; guidance {SCALE:g} for one-pass students, {GUIDANCE_SCALE:g} for pruned ones. "
+        f"Accuracy: percent drawn right, mean of seeds; in brackets {CONFIDENCE:.0%} bootstrap intervals (seeds and "
+        f"prompts drawn anew, {NUM_RESAMPLES:,} times). Closeness: PSNR in dB to what the teacher draws with two "
+        "passes from the same noise; mean of seeds, in brackets the least and the greatest.",
+        "Every network that was drawn with, seed by seed: [results-guided.csv](results-guided.csv).",
+    ]
+
+
+def trials_text(folder: Path, rates: Mapping[Way, float]) -> list[str]:
+    """What every learning rate came to."""
+    rows: dict[str, dict[Way, list[str]]] = {student: {} for student in RATES}
+    for (way, rate), training in runs.trials(folder).items():
+        bold = "**" if rates[way] == rate else ""
+        row = rows[way.student].setdefault(way, [str(way)])
+        row.append(f"{bold}{runs.trial_score(folder, way, training):.1f}{bold}")
+    titles = {WHOLE: "one pass, closeness (dB)", TINY: f"{TINY}, accuracy (%)"}
+    return [
+        "#### Learning rates",
+        f"After {TRIAL_STEPS} steps, with a seed and prompts (split val) that nothing else has. The best is bold, the "
+        f"smallest of equals, and used for all students of that kind ({TINY}'s for {SMALL}, too).",
+        *(
+            table([titles[student], *(f"rate {rate:g}" for rate in RATES[student])], found.values())
+            for student, found in rows.items()
+        ),
+    ]
+
+
+def one_pass_text(folder: Path, found: Drawings) -> list[str]:
+    """Closeness along the training, and what students make of the scales that they are told."""
+    unguided = measure(folder, runs.teacher_file(folder, 1.0), SCALE)
+    guided = measure(folder, runs.teacher_file(folder), SCALE)
+    rows = [
+        ["teacher, two passes", "", f"{100 * guided.correct.mean():.1f}", *[""] * len(POINTS)],
+        ["teacher, one pass without guidance", "", f"{100 * unguided.correct.mean():.1f}"]
+        + [f"{unguided.closeness:.1f}"] * len(POINTS),
+    ]
+    for way in (way for way in WAYS if way.student == WHOLE):
+        along = [found[way, step, way.scale] for step in POINTS]
+        name = f"told a scale, {way}" if way.told else f"always {SCALE:g}, {way}"
+        rows.append([name, trained(way), shown(accuracy(along[-1])), *(shown(closeness(drawn)) for drawn in along)])
+    return [
+        table(
+            [
+                "one pass",
+                "parameters trained",
+                f"accuracy after {LAST} steps",
+                *(f"dB after {step}" for step in POINTS),
+            ],
+            rows,
+        ),
+        f"Students that are told a scale, after {LAST} steps; closeness to the teacher at the same scale:",
+        scales_table(folder, found),
+    ]
+
+
+def scales_table(folder: Path, found: Drawings) -> str:
+    told = [way for way in WAYS if way.told]
+    unguided, rows = runs.images_in(runs.teacher_file(folder, 1.0)), []
+    for scale in sorted((*SCALES, SCALE)):
+        teacher = measure(folder, runs.teacher_file(folder, scale), scale)
+        errors = runs.squared_errors(unguided, runs.images_in(runs.teacher_file(folder, scale)))
+        row = [
+            f"{scale:g}",
+            f"{100 * teacher.correct.mean():.1f}",
+            f"{runs.decibels(errors):.1f}" if errors.any() else "",
+        ]
+        for drawn in (found[way, LAST, scale] for way in told):
+            row += [shown(accuracy(drawn)), shown(closeness(drawn))]
+        rows.append(row)
+    students = [f"{way}: {figure}" for way in told for figure in ("accuracy", "dB")]
+    return table(["guidance scale", "teacher, two passes: accuracy", "one pass without guidance: dB", *students], rows)
+
+
+def ranks_text(found: Drawings, student: str) -> list[str]:
+    """Accuracy along the training, and the gap to all weights."""
+    ways = [way for way in WAYS if way.student == student]
+    full, along, gaps = ways[0], [], []
+    for way in ways:
+        drawn = {step: found[way, step, way.scale] for step in POINTS}
+        along.append([str(way), trained(way), *(shown(accuracy(here)) for here in drawn.values())])
+        if way is not full:
+            compared = (gap(found[full, step, full.scale], here) for step, here in drawn.items())
+            gaps.append([f"{way} less {full}", *compared])
+    return [
+        table([f"{student}, accuracy (%) after steps", "parameters trained", *map(str, POINTS)], along),
+        table([f"{student}, difference after steps", *map(str, POINTS)], gaps),
+    ]
+
+
+def chart(path: Path, found: Drawings) -> str:
+    """A panel for every student: closeness or accuracy over steps, a line for each number of parameters."""
+    figure = Figure(figsize=(12, 4.4), dpi=150, layout="constrained")
+    panels: list[tuple[str, Callable[[Mapping[int, Drawn]], Interval], str]] = [
+        (WHOLE, closeness, f"one pass at guidance {SCALE:g}: dB to the guided teacher"),
+        (SMALL, accuracy, f"{SMALL}: accuracy (%)"),
+        (TINY, accuracy, f"{TINY}: accuracy (%)"),
+    ]
+    for axes, (student, measured, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        ways = [way for way in WAYS if way.student == student and not way.told]
+        for way, color in zip(ways, STYLES, strict=True):
+            lines = np.array([measured(found[way, step, way.scale]) for step in POINTS]).T
+            axes.plot(POINTS, lines[0], color=color, marker="o", markersize=4, label=str(way))
+            axes.fill_between(POINTS, lines[1], lines[2], color=color, alpha=0.12, linewidth=0)
+        axes.set(title=title, xlabel="optimizer steps", xscale="log")
+        axes.set_xticks(POINTS, map(str, POINTS))
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    with replace_file(path) as stream:
+        figure.savefig(stream, format="png")
+    return f"![closeness and accuracy over steps, a line for all weights and for each rank](images/{path.name})"
+
+
+def figures(found: Drawings) -> str:
+    """A line for every network that was drawn with, as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["student", "told a scale", "trained", "steps", "guidance", "seed", "accuracy (%)", "PSNR (dB)"])
+    for (way, step, scale), seeds in found.items():
+        for seed, drawn in seeds.items():
+            right = f"{100 * drawn.correct.mean():.2f}"
+            writer.writerow([way.student, way.told, way, step, scale, seed, right, f"{drawn.closeness:.3f}"])
+    return text.getvalue()
+
+
+def require_done(folder: Path, trainings: Iterable[experiment.Training]) -> None:
+    if missing := sum(not training.done for training in trainings):
+        raise SystemExit(f"{folder}: {missing} trainings are missing; finish tools/results_guided_runs.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of results.md")
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    section = Section(args.output / "results.md", "one pass and adapters")
+    require_done(args.runs, runs.trials(args.runs).values())
+    rates = runs.best_rates(args.runs)
+    require_done(args.runs, runs.comparisons(args.runs, rates, args.seeds).values())
+    found = measure_all(args.runs, rates, args.seeds)
+    write_atomically(args.output / "results-guided.csv", figures(found))
+    picture = chart(args.output / "images" / "results-guided.png", found)
+    parts = [*setup_text(args.seeds), picture, "#### One pass for guidance's two", *one_pass_text(args.runs, found)]
+    parts += ["#### Pruned students by rank", *ranks_text(found, SMALL), *ranks_text(found, TINY)]
+    section.write([*parts, *trials_text(args.runs, rates)])
+
+
+if __name__ == "__main__":
+    main()

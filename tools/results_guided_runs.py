@@ -1,0 +1,187 @@
+"""Train and draw what docs/results.md says of one pass and of adapters: all weights against ranks, by seed.
+
+    python tools/results_guided_runs.py -o FOLDER [--jobs 2] [--seeds 3]
+
+Stop it at any time and start it anew; see tools/experiment.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import experiment
+import numpy as np
+import torch
+from experiment import GUIDANCE_SCALE, NUM_PROMPTS, TRIAL_PROMPTS, TRIAL_SEED, Training, prompts
+from numpy.typing import NDArray
+
+from bkd.data.shapes_checker import check
+
+POINTS = (50, 100, 200, 400)
+RANGE = (1, 8)
+SCALE = 5.0
+"""Of one-pass students: at the embedded world's usual one, images with and without guidance are too much alike."""
+SCALES = (1.0, 2.0, GUIDANCE_SCALE, 8.0)
+"""Told besides to students that are told a scale, after the last step."""
+RANKS = (4, 16, 64)
+TRIAL_STEPS = 100
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2"]
+WHOLE, SMALL, TINY = "guided", "sd-small", "sd-tiny"
+NARROW = {
+    WHOLE: "(down_blocks.0|up_blocks.3)..*",
+    SMALL: "(down_blocks.0|up_blocks.3)..*",
+    TINY: "(down_blocks.0|up_blocks.2)..*",
+}
+"""Modules of 32 channels, which no larger rank fits."""
+RATES = {WHOLE: (1e-4, 3e-4, 1e-3), TINY: (1e-3, 4e-3, 16e-3)}
+"""Learning rates to choose from."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train.
+
+    Attributes:
+        student: `guided`: one pass for guidance's two, nothing removed. A preset: its distillation.
+        rank: Of adapters over the teacher's own weights; None for all weights.
+        told: Whether a one-pass student is told the guidance scale, instead of always having the usual one.
+    """
+
+    student: str
+    rank: int | None = None
+    told: bool = False
+
+    def __str__(self) -> str:
+        return "all weights" if self.rank is None else f"adapters, rank {self.rank}"
+
+    @property
+    def scale(self) -> float:
+        """Of guidance, to draw with."""
+        return SCALE if self.student == WHOLE else GUIDANCE_SCALE
+
+    @property
+    def recipe(self) -> str:
+        """Packaged."""
+        return "shapes/guided" if self.student == WHOLE else "shapes/sd-small"
+
+    def overrides(self, rate: float) -> tuple[str, ...]:
+        """For `load_recipe`."""
+        stage = "stages.0"
+        if self.student == WHOLE:
+            learnt = json.dumps(RANGE) if self.told else SCALE
+            chosen = [f"{stage}.method.guidance_scale={learnt}", f"samples.guidance_scale={SCALE}"]
+        else:
+            chosen = [f"{stage}.student.blocks={self.student}", f"{stage}.method.loss.feature_kd=1.0"]
+        if self.rank is not None:
+            narrow = {NARROW[self.student]: 32} if self.rank > 32 else {}
+            lora = {"r": self.rank, "target_modules": TARGETS, "rank_pattern": narrow}
+            chosen.append(f"{stage}.lora={json.dumps(lora)}")
+        return (*chosen, f"train.lr={rate}")
+
+    def training(self, folder: Path, rate: float, seed: int) -> Training:
+        """Of the comparison."""
+        return self._training(folder, rate, seed, POINTS, NUM_PROMPTS)
+
+    def trial(self, folder: Path, rate: float) -> Training:
+        """A short one, to choose the rate."""
+        return self._training(folder, rate, TRIAL_SEED, (TRIAL_STEPS,), TRIAL_PROMPTS)
+
+    def _training(
+        self, folder: Path, rate: float, seed: int, points: tuple[int, ...], splits: Mapping[str, int]
+    ) -> Training:
+        scales = SCALES if self.told else ()
+        return Training(
+            folder, self.recipe, self.overrides(rate), seed, points, splits, scale=self.scale, last_scales=scales
+        )
+
+    @property
+    def tried(self) -> Way:
+        """The way that chooses this one's learning rate."""
+        return Way(self.student if self.student == WHOLE else TINY, self.rank)
+
+
+CAPACITIES = (None, *RANKS)
+WAYS = (
+    *(Way(WHOLE, rank) for rank in CAPACITIES),
+    Way(WHOLE, told=True),
+    Way(WHOLE, 16, told=True),
+    *(Way(student, rank) for student in (SMALL, TINY) for rank in CAPACITIES),
+)
+
+
+def trials(folder: Path) -> dict[tuple[Way, float], Training]:
+    """Short trainings with each learning rate."""
+    return {
+        (way, rate): way.trial(folder / "trials" / way.student / str(way) / f"{rate:g}", rate)
+        for way in dict.fromkeys(way.tried for way in WAYS)
+        for rate in RATES[way.student]
+    }
+
+
+def teacher_file(folder: Path, scale: float = SCALE, splits: Mapping[str, int] = NUM_PROMPTS) -> Path:
+    """Where the teacher's images are; scale 1 is one pass, without guidance."""
+    return folder / "teacher" / "-".join(splits) / f"scale-{scale:g}.npz"
+
+
+@cache
+def images_in(path: Path) -> torch.Tensor:
+    """(prompts, 3, 32, 32), uint8."""
+    return torch.from_numpy(np.load(path)["images"])
+
+
+def squared_errors(images: torch.Tensor, others: torch.Tensor) -> NDArray[np.float64]:
+    """Mean squared difference of each pair of images, of values from 0 to 1: (prompts,)."""
+    return ((images.double() - others.double()) / 255).square().mean(dim=(1, 2, 3)).numpy()
+
+
+def trial_score(folder: Path, way: Way, training: Training) -> float:
+    """What a learning rate is chosen by, more is better: closeness to the guided teacher, or prompts drawn right."""
+    images = images_in(training.drawn(TRIAL_STEPS))
+    if way.student == WHOLE:
+        return decibels(squared_errors(images, images_in(teacher_file(folder, splits=TRIAL_PROMPTS))))
+    return 100 * float(np.mean([verdict.correct for verdict in check(images, prompts(TRIAL_PROMPTS))]))
+
+
+def decibels(errors: NDArray[np.float64]) -> float:
+    """Peak signal-to-noise ratio of a set of images."""
+    return float(-10 * np.log10(errors.mean()))
+
+
+def best_rates(folder: Path) -> dict[Way, float]:
+    """Of each way, the learning rate whose trial was best, the smallest of equals."""
+    scores: dict[Way, dict[float, float]] = {}
+    for (way, rate), training in trials(folder).items():
+        scores.setdefault(way, {})[rate] = trial_score(folder, way, training)
+    return {way: max(found, key=lambda rate: (found[rate], -rate)) for way, found in scores.items()}
+
+
+def comparisons(folder: Path, rates: Mapping[Way, float], seeds: int) -> dict[tuple[Way, int], Training]:
+    """Every training of the experiment, seed by seed."""
+    return {
+        (way, seed): way.training(
+            folder / f"{way.student}{'-told' if way.told else ''}" / str(way) / f"seed-{seed}", rates[way.tried], seed
+        )
+        for seed, way in itertools.product(range(seeds), WAYS)
+    }
+
+
+def main() -> None:
+    args = experiment.parsed_arguments(__doc__)
+    experiment.start(args.output)
+    for scale, splits in ((SCALE, TRIAL_PROMPTS), *((scale, NUM_PROMPTS) for scale in (SCALE, *SCALES))):
+        if not (path := teacher_file(args.output, scale, splits)).is_file():
+            experiment.draw_teacher(path, scale, splits)
+    experiment.perform_all(trials(args.output).values(), args.jobs)
+    rates = best_rates(args.output)
+    chosen = {f"{way.student}, {way}": rate for way, rate in rates.items()}
+    experiment.require_same_settings(args.output, "rates", chosen)
+    experiment.perform_all(comparisons(args.output, rates, args.seeds).values(), args.jobs)
+
+
+if __name__ == "__main__":
+    main()
