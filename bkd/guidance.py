@@ -98,3 +98,19 @@ def one_pass_guidance(folder: Path) -> OnePassGuidance | None:
 def pipeline_scale(folder: Path, asked: float, model: object) -> float:
     """The `guidance_scale` to call a model's stock pipeline with; see `OnePassGuidance.pipeline_scale`."""
     return StudentKind(one_pass_guidance(folder)).pipeline_scale(asked, model)
+
+
+def nearest_scale(folder: Path, wanted: float) -> float:
+    """The guidance scale nearest to one that a model has learnt; the same for models that are guided by two passes."""
+    known = one_pass_guidance(folder)
+    return wanted if known is None else known.nearest(wanted)
+
+
+def passes_a_step(folder: Path, pipeline_scale: float) -> int:
+    """How often the stock pipeline evaluates the UNet in a denoising step.
+
+    Args:
+        folder: Pipeline folder.
+        pipeline_scale: The `guidance_scale` that it is called with.
+    """
+    return 2 if pipeline_scale > 1 and not unet_config(folder).get("time_cond_proj_dim") else 1

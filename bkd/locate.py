@@ -101,7 +101,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
         raise ModelError(
             f"cannot get '{name}' from the Hub, and there is no such folder here",
             got=(str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: "),
-            remedy="give another model by folder or Hub id (bkd train: --teacher, make: TEACHER=); "
+            remedy="give another model by folder or Hub id (a recipe's teacher: teacher.id=, make: TEACHER=); "
             "private repositories need `hf auth login`",
         ) from error
 

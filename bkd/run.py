@@ -37,6 +37,9 @@ from bkd.training.parallel import Parallel, start_parallel
 from bkd.training.stop import Interrupted, StopSignal
 from bkd.training.tracking import require_trackers
 
+MAX_ERROR = 2000
+"""Characters of an error in run.json; compilers write books."""
+
 
 def _cache(recipe: Recipe) -> Path:
     return Path(recipe.data.cache_dir).expanduser() if recipe.data.cache_dir else cache_folder()
@@ -208,7 +211,7 @@ def run_recipe(
     Raises:
         Interrupted: After a request to stop; the same call continues.
     """
-    with _recorded_end(run):
+    with _recorded_end(run, stop):
         if run.writes:
             run.require_same("teacher_digest", model_digest(inputs.teacher), force=force)
         listener.phase("loading the teacher")
@@ -226,15 +229,18 @@ def run_recipe(
 
 
 @contextmanager
-def _recorded_end(run: RunFolder) -> Iterator[None]:
+def _recorded_end(run: RunFolder, stop: StopSignal) -> Iterator[None]:
     """How a run ended, in its run.json."""
     run.record(status="running", error=None)
     try:
         yield
     except BaseException as error:
-        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        asked = isinstance(error, (Interrupted, KeyboardInterrupt))
+        stopped = asked or stop.requested  # the signal may have ended a compiler that this process waited for, too
         with suppress(OSError):  # a full disk must not hide what happened
-            run.record(status="stopped" if stopped else "failed", error=None if stopped else str(error))
+            run.record(status="stopped" if stopped else "failed", error=None if stopped else str(error)[:MAX_ERROR])
+        if stopped and not asked:
+            raise Interrupted from error
         raise
     run.record(status="done")
 

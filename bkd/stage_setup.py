@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from bkd.environment import shards_networks
-from bkd.errors import ModelError, RecipeError
+from bkd.errors import BkdError, ModelError, RecipeError
 from bkd.guidance import OnePassGuidance, StudentKind, one_pass_guidance
 from bkd.locate import locate
 from bkd.lora.adapters import add_adapters, require_adaptable
@@ -57,7 +57,7 @@ def plan_stage(teacher: Path, stage: Stage) -> RemovalPlan:
     if isinstance(method, Guided) and method.prediction_type is not None:
         _require_expressible(teacher, method)
     if stage.student.path is not None:
-        _require_prediction_type(locate(stage.student.path), teacher, stage)
+        _require_prediction_type(_located(stage.student.path), teacher, stage)
     if stage.lora is not None:
         require_adaptable(build_empty(config, plan), stage.lora)
     return plan
@@ -100,9 +100,9 @@ def _other_type(method: Guided, teacher: Path) -> PredictionType | None:
 
 
 def _require_teachable(teacher: Path, method: str) -> None:
-    """Students that draw guided in one pass cannot be told apart from guidance any more."""
+    """Guidance cannot be taken out of students that draw guided in one pass, and data would teach them without it."""
     known = one_pass_guidance(teacher)
-    if known is not None and (known.takes_scale or method == "guided"):
+    if known is not None and (known.takes_scale or method in ("guided", "finetune")):
         raise ModelError(
             "this model draws guided in one pass already",
             where=teacher,
@@ -114,12 +114,29 @@ def _require_teachable(teacher: Path, method: str) -> None:
 def _plan_student(teacher: Path, student: Student) -> RemovalPlan:
     if student.path is None:
         return plan_removal(unet_config(teacher), str(student))
-    folder = locate(student.path)
+    folder = _located(student.path)
     if (folder / PLAN_FILE).is_file():
         plan, digest = load_plans(folder)[0]
         if digest == model_digest(teacher):
             return plan
-    return recognise(unet_config(teacher), unet_config(folder))
+    try:
+        return recognise(unet_config(teacher), unet_config(folder))
+    except BkdError as error:
+        raise _of_student_path(student.path, error) from error
+
+
+def _located(path: str) -> Path:
+    """The folder of `student.path`."""
+    try:
+        return locate(path)
+    except BkdError as error:
+        raise _of_student_path(path, error) from error
+
+
+def _of_student_path(path: str, error: BkdError) -> RecipeError:
+    """The same error with the name of the key."""
+    where = f"stages.0.student.path={path}"
+    return RecipeError(error.what, where=where, got=error.got, allowed=error.allowed, remedy=error.remedy)
 
 
 def _require_prediction_type(student: Path, teacher: Path, stage: Stage) -> None:

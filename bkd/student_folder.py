@@ -69,6 +69,8 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    for file in filter(Path.is_file, unfinished.rglob("*")):
+        file.chmod(0o644)  # safetensors writes files that nobody else can read
     replace_folder(unfinished, folder)
 
 

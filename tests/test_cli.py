@@ -240,7 +240,7 @@ def test_doctor_lists_versions(bkd):
         (["train", "shapes/sd-small", "train.mixed_precision=fp16"], "float16 training needs a GPU"),
         (["train", "shapes/sd-small", "data.shards=missing/{00000..00003}.tar"], "00000.tar: shard missing"),
         (["train", "shapes/sd-small", "data.shards=missing"], "shard missing"),
-        (["train", "shapes/sd-small", "teacher.id=nobody/nothing"], "--teacher"),
+        (["train", "shapes/sd-small", "teacher.id=nobody/nothing"], "teacher.id="),
         (["eval", "nowhere"], "no model 'nowhere'"),
         (["eval", "shapes", "--suite", "shape"], "did you mean 'shapes'?"),
         (["eval", "shapes", "--suite", "prompts"], "no prompts"),

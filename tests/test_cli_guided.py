@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from bkd.cli.app import main
+from bkd.errors import ModelError
+from bkd.eval.candidates import Named
 from bkd.eval.generate import generate
+from bkd.eval.speed import SpeedWish, wish_for
 from bkd.guidance import one_pass_guidance
 from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
@@ -76,7 +80,10 @@ def test_a_student_with_a_scale_draws_in_single_passes_in_the_stock_pipeline(tol
     assert counts == [1] * 8 and one != other
     assert one_pass_guidance(told / "student").facts() == {"low": 1.0, "high": 8.0, "takes_scale": True}
     lines = [json.loads(line) for line in (told / "metrics.jsonl").read_text().splitlines()]
-    assert {"output_kd_loss", "feature_kd_loss"} <= lines[0].keys() and "task_loss" not in lines[0]
+    assert {"output_kd_loss", "unguided_loss"} <= lines[0].keys() and not {"task_loss", "feature_kd_loss"} & lines[
+        0
+    ].keys()
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (told / "student").rglob("*.*"))  # others can read it
     assert (told / "samples" / "00-final.png").is_file()
 
 
@@ -103,8 +110,17 @@ def test_a_student_of_one_scale_is_drawn_without_guidance_on_top(bkd, fixed, tmp
 def test_evaluation_counts_steps_not_passes(bkd, told, tmp_path):
     code, printed = bkd("eval", told, "--num-prompts", 2, "--num-inference-steps", 2, "-o", tmp_path / "out")
     assert code == 0, printed
-    names = [model["name"] for model in json.loads((tmp_path / "out" / "shapes.json").read_text())["models"]]
-    assert names == ["teacher", "told untrained", "told"]
+    models = json.loads((tmp_path / "out" / "shapes.json").read_text())["models"]
+    passes = {model["name"]: model["passes_a_step"] for model in models}
+    assert passes == {"teacher": 2, "told untrained": 2, "told": 1}
+
+
+def test_a_student_is_timed_at_a_scale_that_it_knows(fixed, told, teacher_folder):
+    wish = SpeedWish(guidance_scale=7.5, nearest_scale=True)
+    models = [Named("teacher", teacher_folder), Named("told", told / "student"), Named("fixed", fixed / "student")]
+    assert [wish_for(model, wish).guidance_scale for model in models] == [7.5, 7.5, 1.0]
+    with pytest.raises(ModelError, match="has not learnt"):
+        wish_for(models[2], replace(wish, nearest_scale=False))
 
 
 def test_a_lora_file_and_a_merged_folder_draw_what_the_student_does(bkd, fixed, teacher_folder, tmp_path):
@@ -235,6 +251,9 @@ def test_a_finished_student_is_fine_tuned_with_and_without_adapters(bkd, train, 
         (["shapes/guided", "stages.0.method.guidance_scale=[0.5,8]"], "should lie between 1 and 1000 (got 0.5)"),
         (["shapes/guided", "stages.0.method.guidance_scale=0.5"], "should lie between 1 and 1000 (got 0.5)"),
         (["shapes/guided", "stages.0.method.guidance_scale=[8,2]"], "a range goes up (got [8, 2])"),
+        (["shapes/guided", "stages.0.method.name=guidd"], "did you mean 'guided'? (got 'guidd')"),
+        (["shapes/guided", "stages.0.method.random_conditioning=true"], "of method 'guided'; it belongs to kd"),
+        (["shapes/sd-small", "stages.0.student={path: nowhere}"], "stages.0.student.path=nowhere: no model 'nowhere'"),
         (["shapes/guided", "samples.guidance_scale=9"], "samples.guidance_scale=9 is not one that the student learns"),
         (["shapes/guided-lora", "stages.0.lora.target_modules=[to_qq]"], "did you mean 'to_q'?"),
         (["shapes/guided-lora", "stages.0.lora.r=64"], "this rank is larger than the module it would adapt"),
@@ -256,6 +275,7 @@ def test_a_one_pass_student_teaches_nobody(bkd_refuses, told, fixed):
     bkd_refuses(["train", "shapes/guided", "--teacher", told, "-o", "run"], message)
     bkd_refuses(["train", "shapes/guided", "--teacher", fixed, "-o", "run"], message)
     bkd_refuses(["train", "shapes/finetune", "--teacher", told, "-o", "run"], message)
+    bkd_refuses(["train", "shapes/finetune", "--teacher", fixed, "samples.prompts=[]", "-o", "run"], message)
     bkd_refuses(["train", "shapes/sd-small", f"stages.0.student={{path: {told}}}", "-o", "run"], "does not train it")
 
 
@@ -272,3 +292,9 @@ def test_a_one_pass_student_teaches_nobody(bkd_refuses, told, fixed):
 )
 def test_exports_that_cannot_be_are_refused(bkd_refuses, fixed, arguments, message):
     bkd_refuses(["export", *(word.format(fixed=fixed) for word in arguments), "-o", "out"], message)
+
+
+def test_files_that_only_look_alike_are_told_apart(bkd_refuses, fixed, told):
+    bkd_refuses(["export", fixed, "-o", "out.safetensors"], "a pipeline is a folder")
+    adapter = ["remap", fixed / "adapter.safetensors", "--student", told / "student", "-o", "out.safetensors"]
+    bkd_refuses(adapter, "--format lora -o lora.safetensors")

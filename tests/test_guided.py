@@ -168,6 +168,13 @@ def test_a_student_that_answers_the_target_has_nothing_to_learn(teacher, teacher
     assert loss_of(method, data).total.item() < 1e-10  # scale 1 is the conditional pass alone
 
 
+@pytest.mark.parametrize("scale", [4.0, (2.0, 8.0)])
+def test_what_there_is_to_learn_is_logged(teacher, teacher_folder, data, scale):
+    """An untrained student is the teacher's one pass without guidance, so it has all of that to learn."""
+    parts = loss_of(guided(teacher, teacher_folder, guidance_scale=scale), data).parts
+    assert float(parts["unguided_loss"]) == pytest.approx(float(parts["output_kd_loss"]), rel=1e-5) != 0
+
+
 def test_features_are_those_of_the_conditional_pass(teacher, teacher_folder, data):
     settings = {"guidance_scale": 5.0, "loss": GuidedLoss(output_kd=0.0, feature_kd=1.0), "blocks": "none"}
     for joint in (True, False):

@@ -130,11 +130,11 @@ def test_learning_rates_are_chosen_by_prompts_and_seeds_of_their_own(tmp_path, m
     trials = guided.trials(tmp_path)
     assert {training.seed for training in trials.values()} == {experiment.TRIAL_SEED}
     assert {way.tried for way in guided.WAYS} == {way for way, _ in trials}
-    scores = {1e-4: 1.0, 3e-4: 3.0, 1e-3: 3.0, 4e-3: 5.0, 16e-3: 5.0}
-    monkeypatch.setattr(guided, "trial_score", lambda folder, way, training: scores[float(training.folder.name)])
+    scores = {3e-4: 1.0, 1e-3: 3.0, 3e-3: 3.0, 4e-3: 5.0, 16e-3: 5.0}
+    monkeypatch.setattr(guided, "trial_score", lambda training, way: scores[float(training.folder.name)])
     best = guided.best_rates(tmp_path)  # the smallest of equals
-    assert {best[way] for way in best} == {3e-4, 4e-3}
-    assert {way.student for way in best if best[way] == 3e-4} == {guided.WHOLE}
+    assert {best[way] for way in best} == {1e-3, 4e-3}
+    assert {way.student for way in best if best[way] == 1e-3} == {guided.WHOLE}
 
 
 def test_closeness_is_a_peak_signal_to_noise_ratio():
@@ -144,3 +144,11 @@ def test_closeness_is_a_peak_signal_to_noise_ratio():
     errors = guided.squared_errors(*map(torch.from_numpy, (images, others)))
     assert errors.tolist() == pytest.approx([0.04, 0.0])
     assert guided_page.Drawn(np.ones(2, bool), errors).closeness == pytest.approx(-10 * np.log10(0.02))
+
+
+def test_what_is_missing_of_guidance_is_a_share_of_the_last_steps(tmp_path):
+    training = guided.Way(guided.WHOLE).trial(tmp_path, 1e-3)
+    losses = np.concatenate([np.full(60, 9.0), np.full(guided.WINDOW, 1.0)])
+    np.savez(training.drawn(guided.TRIAL_STEPS), output_kd_loss=losses, unguided_loss=np.full(len(losses), 4.0))
+    assert guided.guidance_missing(training) == 25.0
+    assert guided.trial_score(training, guided.Way(guided.WHOLE)) == -25.0

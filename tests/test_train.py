@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import DataError, EnvironmentProblem, TrainingError
+from bkd.recipe.load import load_recipe
 from bkd.recipe.schema import Train
 from bkd.recipe.stages import Loss
-from bkd.run_folder import RunFolder
+from bkd.run import _recorded_end
+from bkd.run_folder import RunFolder, open_run
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events
 from bkd.training.journal import StepReport
@@ -276,6 +278,18 @@ def test_requests_wait_for_the_end_of_a_step_and_a_second_ctrl_c_does_not():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_a_signal_breaks_besides_is_a_granted_request(tmp_path):
+    """A compiler that the same Ctrl-C has ended, say."""
+    run, _ = open_run(tmp_path / "run", load_recipe("shapes/sd-small"))
+    with StopSignal() as stop, pytest.raises(Interrupted) as caught, _recorded_end(run, stop), stop.waiting():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("g++ failed")
+    assert str(caught.value.__cause__) == "g++ failed" and run.facts()["status"] == "stopped"
+    with StopSignal() as stop, pytest.raises(RuntimeError), _recorded_end(run, stop):
+        raise RuntimeError("x" * 100_000)
+    assert run.facts()["status"] == "failed" and len(run.facts()["error"]) == 2000
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -1,6 +1,6 @@
 """Memory of training at the size of Stable Diffusion 1.x, counted from configurations, or measured on random weights.
 
-    python tools/bench_memory.py [RECIPE] [--batches 1 2 4 8 16] [--measure] [key=value …]
+    python tools/bench_memory.py [--recipe sd15/guided-lora] [--batches 1 2 4 8 16] [--measure] [key=value …]
 
 What follows goes to `bkd bench memory RECIPE`, with `--count` or without; the teacher is made for the occasion.
 """
@@ -37,7 +37,7 @@ def make_configurations(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="sd15/guided-lora")
+    parser.add_argument("--recipe", default="sd15/guided-lora")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--measure", action="store_true", help="real steps, in fresh processes")
     args, wishes = parser.parse_known_args()
@@ -50,7 +50,7 @@ def main() -> None:
             make_configurations(teacher)
         batches = [word for batch in args.batches for word in ("--batch", str(batch))]
         command = [sys.executable, "-m", "bkd", "bench", "memory", args.recipe, f"teacher.id={teacher}", *wishes]
-        subprocess.run([*command, *batches, *([] if args.measure else ["--count"])], check=True)
+        sys.exit(subprocess.run([*command, *batches, *([] if args.measure else ["--count"])]).returncode)
 
 
 if __name__ == "__main__":

@@ -158,10 +158,10 @@ def perform(training: Training) -> float:
     return time.monotonic() - started
 
 
-def draw_teacher(path: Path, scale: float = GUIDANCE_SCALE, splits: Mapping[str, int] = NUM_PROMPTS) -> None:
+def draw_teacher(path: Path, scale: float = GUIDANCE_SCALE) -> None:
     """What every student is compared with."""
     pipe = load_pipeline(locate("shapes"))
-    save_drawn(path, pipe, pipe.unet, scale, splits, StudentKind(), {})
+    save_drawn(path, pipe, pipe.unet, scale, NUM_PROMPTS, StudentKind(), {})
 
 
 def save_drawn(

@@ -12,20 +12,19 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import experiment
 import numpy as np
 import results_guided_runs as runs
 import torch
-from experiment import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, NUM_PROMPTS, SETTINGS, prompts
+from experiment import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, NUM_PROMPTS, SETTINGS, Training, prompts
 from matplotlib.figure import Figure
 from measures import NUM_RESAMPLES, Interval, Section, difference, mean, shown, spread, table
 from numpy.typing import NDArray
-from results_guided_runs import POINTS, RATES, SCALE, SCALES, SMALL, TINY, TRIAL_STEPS, WAYS, WHOLE, Way
+from results_guided_runs import LAST, POINTS, RATES, SCALE, SCALES, SMALL, TINY, TRIAL_STEPS, WAYS, WHOLE, WINDOW, Way
 
 from bkd.data.shapes_checker import check
 from bkd.environment import installed_version
@@ -36,7 +35,6 @@ from bkd.models import load_pipeline
 from bkd.recipe.load import load_recipe
 from bkd.stage_setup import plan_stage, start_student
 
-LAST = max(POINTS)
 STYLES = ("#000000", "#D55E00", "#E69F00", "#0072B2")  # of CAPACITIES; Okabe & Ito's, which the colour-blind tell apart
 
 
@@ -68,18 +66,26 @@ def measure(folder: Path, path: Path, scale: float) -> Drawn:
     return Drawn(correct, runs.squared_errors(images, runs.images_in(runs.teacher_file(folder, scale))))
 
 
-def measure_all(folder: Path, rates: Mapping[Way, float], seeds: int) -> Drawings:
+def measure_all(folder: Path, trainings: Mapping[tuple[Way, int], Training]) -> Drawings:
     """Everything that the comparison drew."""
     found: Drawings = {}
-    trainings = runs.comparisons(folder, rates, seeds)
     for number, ((way, seed), training) in enumerate(trainings.items(), 1):
-        for step in POINTS:
+        for step in training.points:
             for scale in training.scales(step):
                 drawn = measure(folder, training.drawn(step, scale), scale)
                 found.setdefault((way, step, scale), {})[seed] = drawn
         print(f"\r{number}/{len(trainings)} trainings", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return found
+
+
+def missing(trainings: Mapping[tuple[Way, int], Training]) -> dict[Way, Interval]:
+    """Of guidance, in one-pass students."""
+    shares: dict[Way, list[float]] = {}
+    for (way, _), training in trainings.items():
+        if way.student == WHOLE:
+            shares.setdefault(way, []).append(runs.guidance_missing(training))
+    return {way: spread(values) for way, values in shares.items()}
 
 
 def accuracy(found: Mapping[int, Drawn]) -> Interval:
@@ -115,15 +121,18 @@ def setup_text(seeds: int) -> list[str]:
     count = sum(NUM_PROMPTS.values())
     return [
         "    make results",
-        f"Trained: {LAST} steps of batch {train['batch']} at a constant learning rate, {train['warmup_steps']} warm-up "
-        f"steps, EMA {train['ema']}, {seeds} seeds; the rest as in `recipes/shapes/guided.yaml` and `sd-small.yaml` "
-        f"(feature KD at every block, weight 1). Adapters (of `{', '.join(runs.TARGETS)}`) are over the teacher's own "
-        f"weights; rank 64 is 32 where a module has 32 channels. {versions}, CPU, one thread a run.",
+        f"Trained: {LAST} steps of batch {train['batch']}, {train['warmup_steps']} warm-up steps, EMA {train['ema']}, "
+        f"{seeds} seeds; one-pass students at a rate that falls as a cosine, pruned ones at a constant one; the rest "
+        "as in `recipes/shapes/guided.yaml` and `sd-small.yaml` (feature KD after every block, weight 1). Adapters (of "
+        f"`{', '.join(runs.TARGETS)}`) are over the teacher's own weights; rank 64 is 32 where a module has 32 "
+        f"channels. {versions}, CPU, one thread a run.",
         f"Drawn: {count} prompts that no training has, with the same noise for every network; {NUM_INFERENCE_STEPS} "
         f"steps, averaged weights; guidance {SCALE:g} for one-pass students, {GUIDANCE_SCALE:g} for pruned ones. "
         f"Accuracy: percent drawn right, mean of seeds; in brackets {CONFIDENCE:.0%} bootstrap intervals (seeds and "
         f"prompts drawn anew, {NUM_RESAMPLES:,} times). Closeness: PSNR in dB to what the teacher draws with two "
-        "passes from the same noise; mean of seeds, in brackets the least and the greatest.",
+        f"passes from the same noise. Guidance missing: error of the student's output against the guided teacher's, "
+        f"over the last {WINDOW} steps, in percent of the error that the teacher's own one pass has on the same "
+        "samples. Of both the mean of seeds; in brackets the least and the greatest.",
         "Every network that was drawn with, seed by seed: [results-guided.csv](results-guided.csv).",
     ]
 
@@ -134,8 +143,8 @@ def trials_text(folder: Path, rates: Mapping[Way, float]) -> list[str]:
     for (way, rate), training in runs.trials(folder).items():
         bold = "**" if rates[way] == rate else ""
         row = rows[way.student].setdefault(way, [str(way)])
-        row.append(f"{bold}{runs.trial_score(folder, way, training):.1f}{bold}")
-    titles = {WHOLE: "one pass, closeness (dB)", TINY: f"{TINY}, accuracy (%)"}
+        row.append(f"{bold}{abs(runs.trial_score(training, way)):.1f}{bold}")
+    titles = {WHOLE: "one pass, guidance missing (%)", TINY: f"{TINY}, accuracy (%)"}
     return [
         "#### Learning rates",
         f"After {TRIAL_STEPS} steps, with a seed and prompts (split val) that nothing else has. The best is bold, the "
@@ -147,30 +156,22 @@ def trials_text(folder: Path, rates: Mapping[Way, float]) -> list[str]:
     ]
 
 
-def one_pass_text(folder: Path, found: Drawings) -> list[str]:
-    """Closeness along the training, and what students make of the scales that they are told."""
-    unguided = measure(folder, runs.teacher_file(folder, 1.0), SCALE)
+def one_pass_text(folder: Path, found: Drawings, shares: Mapping[Way, Interval]) -> list[str]:
+    """How near students come to the guided teacher, and what they make of the scales that they are told."""
     guided = measure(folder, runs.teacher_file(folder), SCALE)
+    unguided = measure(folder, runs.teacher_file(folder, 1.0), SCALE)
     rows = [
-        ["teacher, two passes", "", f"{100 * guided.correct.mean():.1f}", *[""] * len(POINTS)],
-        ["teacher, one pass without guidance", "", f"{100 * unguided.correct.mean():.1f}"]
-        + [f"{unguided.closeness:.1f}"] * len(POINTS),
+        ["teacher, two passes", "", f"{100 * guided.correct.mean():.1f}", "0", ""],
+        ["teacher, one pass", "", f"{100 * unguided.correct.mean():.1f}", "100", f"{unguided.closeness:.1f}"],
     ]
     for way in (way for way in WAYS if way.student == WHOLE):
-        along = [found[way, step, way.scale] for step in POINTS]
-        name = f"told a scale, {way}" if way.told else f"always {SCALE:g}, {way}"
-        rows.append([name, trained(way), shown(accuracy(along[-1])), *(shown(closeness(drawn)) for drawn in along)])
+        drawn, name = found[way, LAST, SCALE], f"{'told a scale' if way.told else f'always {SCALE:g}'}, {way}"
+        figures = (shown(accuracy(drawn)), shown(shares[way], 0), shown(closeness(drawn)))
+        rows.append([name, trained(way), *figures])
+    header = ["parameters trained", "accuracy (%)", "guidance missing (%)", "closeness (dB)"]
     return [
-        table(
-            [
-                "one pass",
-                "parameters trained",
-                f"accuracy after {LAST} steps",
-                *(f"dB after {step}" for step in POINTS),
-            ],
-            rows,
-        ),
-        f"Students that are told a scale, after {LAST} steps; closeness to the teacher at the same scale:",
+        table([f"one pass, guidance {SCALE:g}", *header], rows),
+        "Students that are told a scale; closeness to the teacher at the same scale:",
         scales_table(folder, found),
     ]
 
@@ -210,27 +211,25 @@ def ranks_text(found: Drawings, student: str) -> list[str]:
 
 
 def chart(path: Path, found: Drawings) -> str:
-    """A panel for every student: closeness or accuracy over steps, a line for each number of parameters."""
-    figure = Figure(figsize=(12, 4.4), dpi=150, layout="constrained")
-    panels: list[tuple[str, Callable[[Mapping[int, Drawn]], Interval], str]] = [
-        (WHOLE, closeness, f"one pass at guidance {SCALE:g}: dB to the guided teacher"),
-        (SMALL, accuracy, f"{SMALL}: accuracy (%)"),
-        (TINY, accuracy, f"{TINY}: accuracy (%)"),
-    ]
-    for axes, (student, measured, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        ways = [way for way in WAYS if way.student == student and not way.told]
+    """Accuracy of pruned students over steps, a line for all weights and for each rank."""
+    figure = Figure(figsize=(9, 4.4), dpi=150, layout="constrained")
+    for axes, student in zip(figure.subplots(1, 2, sharey=True), (SMALL, TINY), strict=True):
+        ways = [way for way in WAYS if way.student == student]
         for way, color in zip(ways, STYLES, strict=True):
-            lines = np.array([measured(found[way, step, way.scale]) for step in POINTS]).T
+            lines = np.array([accuracy(found[way, step, way.scale]) for step in POINTS]).T
             axes.plot(POINTS, lines[0], color=color, marker="o", markersize=4, label=str(way))
             axes.fill_between(POINTS, lines[1], lines[2], color=color, alpha=0.12, linewidth=0)
-        axes.set(title=title, xlabel="optimizer steps", xscale="log")
+        axes.set(
+            title=f"{student}: caption accuracy, {CONFIDENCE:.0%} interval", xlabel="optimizer steps", xscale="log"
+        )
         axes.set_xticks(POINTS, map(str, POINTS))
         axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:.0f} %")
         axes.grid(alpha=0.25)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     with replace_file(path) as stream:
         figure.savefig(stream, format="png")
-    return f"![closeness and accuracy over steps, a line for all weights and for each rank](images/{path.name})"
+    return f"![accuracy of pruned students over steps, a line for all weights and for each rank](images/{path.name})"
 
 
 def figures(found: Drawings) -> str:
@@ -245,7 +244,7 @@ def figures(found: Drawings) -> str:
     return text.getvalue()
 
 
-def require_done(folder: Path, trainings: Iterable[experiment.Training]) -> None:
+def require_done(folder: Path, trainings: Iterable[Training]) -> None:
     if missing := sum(not training.done for training in trainings):
         raise SystemExit(f"{folder}: {missing} trainings are missing; finish tools/results_guided_runs.py")
 
@@ -260,12 +259,14 @@ def main() -> None:
     section = Section(args.output / "results.md", "one pass and adapters")
     require_done(args.runs, runs.trials(args.runs).values())
     rates = runs.best_rates(args.runs)
-    require_done(args.runs, runs.comparisons(args.runs, rates, args.seeds).values())
-    found = measure_all(args.runs, rates, args.seeds)
+    trainings = runs.comparisons(args.runs, rates, args.seeds)
+    require_done(args.runs, trainings.values())
+    found = measure_all(args.runs, trainings)
     write_atomically(args.output / "results-guided.csv", figures(found))
     picture = chart(args.output / "images" / "results-guided.png", found)
-    parts = [*setup_text(args.seeds), picture, "#### One pass for guidance's two", *one_pass_text(args.runs, found)]
-    parts += ["#### Pruned students by rank", *ranks_text(found, SMALL), *ranks_text(found, TINY)]
+    parts = [*setup_text(args.seeds), "#### One pass for guidance's two"]
+    parts += [*one_pass_text(args.runs, found, missing(trainings)), "#### Pruned students by rank", picture]
+    parts += [*ranks_text(found, SMALL), *ranks_text(found, TINY)]
     section.write([*parts, *trials_text(args.runs, rates)])
 
 

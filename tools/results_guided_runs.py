@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from bkd.data.shapes_checker import check
 
 POINTS = (50, 100, 200, 400)
+LAST, WINDOW = max(POINTS), 50
+"""Steps of every training, and how many of the last ones losses are averaged over."""
 RANGE = (1, 8)
 SCALE = 5.0
 """Of one-pass students: at the embedded world's usual one, images with and without guidance are too much alike."""
@@ -38,7 +40,7 @@ NARROW = {
     TINY: "(down_blocks.0|up_blocks.2)..*",
 }
 """Modules of 32 channels, which no larger rank fits."""
-RATES = {WHOLE: (1e-4, 3e-4, 1e-3), TINY: (1e-3, 4e-3, 16e-3)}
+RATES = {WHOLE: (3e-4, 1e-3, 3e-3), TINY: (1e-3, 4e-3, 16e-3)}
 """Learning rates to choose from."""
 
 
@@ -49,7 +51,7 @@ class Way:
     Attributes:
         student: `guided`: one pass for guidance's two, nothing removed. A preset: its distillation.
         rank: Of adapters over the teacher's own weights; None for all weights.
-        told: Whether a one-pass student is told the guidance scale, instead of always having the usual one.
+        told: Whether a one-pass student is told the guidance scale, instead of always having one.
     """
 
     student: str
@@ -74,7 +76,11 @@ class Way:
         stage = "stages.0"
         if self.student == WHOLE:
             learnt = json.dumps(RANGE) if self.told else SCALE
-            chosen = [f"{stage}.method.guidance_scale={learnt}", f"samples.guidance_scale={SCALE}"]
+            chosen = [
+                f"{stage}.method.guidance_scale={learnt}",
+                f"samples.guidance_scale={SCALE}",
+                "train.lr_schedule=cosine",
+            ]
         else:
             chosen = [f"{stage}.student.blocks={self.student}", f"{stage}.method.loss.feature_kd=1.0"]
         if self.rank is not None:
@@ -85,7 +91,7 @@ class Way:
 
     def training(self, folder: Path, rate: float, seed: int) -> Training:
         """Of the comparison."""
-        return self._training(folder, rate, seed, POINTS, NUM_PROMPTS)
+        return self._training(folder, rate, seed, (LAST,) if self.student == WHOLE else POINTS, NUM_PROMPTS)
 
     def trial(self, folder: Path, rate: float) -> Training:
         """A short one, to choose the rate."""
@@ -123,9 +129,9 @@ def trials(folder: Path) -> dict[tuple[Way, float], Training]:
     }
 
 
-def teacher_file(folder: Path, scale: float = SCALE, splits: Mapping[str, int] = NUM_PROMPTS) -> Path:
+def teacher_file(folder: Path, scale: float = SCALE) -> Path:
     """Where the teacher's images are; scale 1 is one pass, without guidance."""
-    return folder / "teacher" / "-".join(splits) / f"scale-{scale:g}.npz"
+    return folder / "teacher" / f"scale-{scale:g}.npz"
 
 
 @cache
@@ -139,24 +145,34 @@ def squared_errors(images: torch.Tensor, others: torch.Tensor) -> NDArray[np.flo
     return ((images.double() - others.double()) / 255).square().mean(dim=(1, 2, 3)).numpy()
 
 
-def trial_score(folder: Path, way: Way, training: Training) -> float:
-    """What a learning rate is chosen by, more is better: closeness to the guided teacher, or prompts drawn right."""
-    images = images_in(training.drawn(TRIAL_STEPS))
-    if way.student == WHOLE:
-        return decibels(squared_errors(images, images_in(teacher_file(folder, splits=TRIAL_PROMPTS))))
-    return 100 * float(np.mean([verdict.correct for verdict in check(images, prompts(TRIAL_PROMPTS))]))
-
-
 def decibels(errors: NDArray[np.float64]) -> float:
     """Peak signal-to-noise ratio of a set of images."""
     return float(-10 * np.log10(errors.mean()))
+
+
+def guidance_missing(training: Training) -> float:
+    """Error of the last steps against the guided teacher's output, in percent of that of its unguided pass."""
+    logged = np.load(training.drawn(max(training.points)))
+    student, unguided = (logged[name][-WINDOW:].sum() for name in ("output_kd_loss", "unguided_loss"))
+    return 100 * float(student / unguided)
+
+
+def right(training: Training, step: int) -> float:
+    """Percent of prompts drawn right."""
+    texts = prompts(training.splits)
+    return 100 * float(np.mean([verdict.correct for verdict in check(images_in(training.drawn(step)), texts)]))
+
+
+def trial_score(training: Training, way: Way) -> float:
+    """What a learning rate is chosen by, more is better."""
+    return -guidance_missing(training) if way.student == WHOLE else right(training, TRIAL_STEPS)
 
 
 def best_rates(folder: Path) -> dict[Way, float]:
     """Of each way, the learning rate whose trial was best, the smallest of equals."""
     scores: dict[Way, dict[float, float]] = {}
     for (way, rate), training in trials(folder).items():
-        scores.setdefault(way, {})[rate] = trial_score(folder, way, training)
+        scores.setdefault(way, {})[rate] = trial_score(training, way)
     return {way: max(found, key=lambda rate: (found[rate], -rate)) for way, found in scores.items()}
 
 
@@ -164,7 +180,9 @@ def comparisons(folder: Path, rates: Mapping[Way, float], seeds: int) -> dict[tu
     """Every training of the experiment, seed by seed."""
     return {
         (way, seed): way.training(
-            folder / f"{way.student}{'-told' if way.told else ''}" / str(way) / f"seed-{seed}", rates[way.tried], seed
+            folder / f"{way.student}{'-told' if way.told else ''}" / str(way) / f"seed-{seed}",
+            rates[way.tried],
+            seed,
         )
         for seed, way in itertools.product(range(seeds), WAYS)
     }
@@ -173,9 +191,9 @@ def comparisons(folder: Path, rates: Mapping[Way, float], seeds: int) -> dict[tu
 def main() -> None:
     args = experiment.parsed_arguments(__doc__)
     experiment.start(args.output)
-    for scale, splits in ((SCALE, TRIAL_PROMPTS), *((scale, NUM_PROMPTS) for scale in (SCALE, *SCALES))):
-        if not (path := teacher_file(args.output, scale, splits)).is_file():
-            experiment.draw_teacher(path, scale, splits)
+    for scale in (SCALE, *SCALES):
+        if not (path := teacher_file(args.output, scale)).is_file():
+            experiment.draw_teacher(path, scale)
     experiment.perform_all(trials(args.output).values(), args.jobs)
     rates = best_rates(args.output)
     chosen = {f"{way.student}, {way}": rate for way, rate in rates.items()}

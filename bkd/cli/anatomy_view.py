@@ -118,11 +118,10 @@ def show_selection(selection: Selection) -> None:
 
 
 def show_remapped(found: Remapped, output: Path) -> None:
-    """Every tensor that had nowhere to go, and what the new file holds."""
-    for key in found.lost:
-        console.print(f"lost, its module was removed: {key}")
-    for key in found.unknown:
-        console.print(f"left out, the teacher has no such module: {key}")
+    """Every module whose tensors had nowhere to go, and what the new file holds."""
+    for reason, keys in (("its module was removed", found.lost), ("the teacher has no such module", found.unknown)):
+        for module in dict.fromkeys(key.partition(".lora_")[0] for key in keys):
+            console.print(f"left out, {reason}: {module}")
     lost = f", {len(found.lost)} lost" if found.lost else ""
     unknown = f", {len(found.unknown)} unknown" if found.unknown else ""
     console.print(f"done: {output} holds {found.num_carried} tensors{lost}{unknown}")

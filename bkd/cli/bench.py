@@ -55,7 +55,9 @@ def speed_(
     dtype: Annotated[Optional[list[str]], typer.Option(help="float32, bfloat16, float16; default float32.")] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each.")] = 10,
     num_inference_steps: Annotated[int, typer.Option(min=1, max=1000, help="Of the pipeline.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(min=1, help="Of the pipeline; 1 for none.")] = 7.5,
+    guidance_scale: Annotated[
+        Optional[float], typer.Option(min=1, help="Of the pipeline; 1 for none. Default 7.5, or what a student knows.")
+    ] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda or mps; default the best one.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, too, in fresh processes.")] = True,
     output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder for speed.json and a chart.")] = None,
@@ -78,7 +80,8 @@ def speed_(
         dtypes=tuple(dtype or usual.dtypes),
         rounds=rounds,
         num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=guidance_scale or usual.guidance_scale,
+        nearest_scale=guidance_scale is None,
     )
     require_possible(wish, where)
     if output is not None:

@@ -35,11 +35,21 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
                 *(_share(found["by_objects"][name]) for name in ("one", "two")),
                 _value(found["shapes_fid"]),
                 short(model["unet_parameters"]),
-                short(model["unet_macs"]),
+                f"{short(model['unet_macs'])} x {model['passes_a_step']}",
             )
         )
     title = f"{report['settings']['num_prompts']} prompts of {SPLITS.get(split, split)}, {how}"
-    header = ("model", "correct", "95 % interval", "of teacher", "one object", "two", "shapes-FID", "params", "MACs")
+    header = (
+        "model",
+        "correct",
+        "95 % interval",
+        "of teacher",
+        "one object",
+        "two",
+        "shapes-FID",
+        "params",
+        "MACs a step",
+    )
     console.print(table(title, header, rows))
     if "skipped" in found["shapes_fid"]:
         console.print(f"shapes-FID skipped: {found['shapes_fid']['skipped']}")
@@ -58,14 +68,14 @@ def _show_metrics(report: dict[str, Any], how: str) -> None:
                 psnr,
                 ssim,
                 short(model["unet_parameters"]),
-                short(model["unet_macs"]),
+                f"{short(model['unet_macs'])} x {model['passes_a_step']}",
             )
         )
         for name, label in {**METRICS, "closeness": "closeness"}.items():
             if "skipped" in model[name]:
                 reasons.setdefault((label, model[name]["skipped"]), []).append(model["name"])
     title = f"{report['settings']['num_prompts']} prompts, {how}"
-    header = ("model", *METRICS.values(), "PSNR to teacher", "SSIM", "params", "MACs")
+    header = ("model", *METRICS.values(), "PSNR to teacher", "SSIM", "params", "MACs a step")
     console.print(table(title, header, rows))
     for (label, reason), names in reasons.items():
         whose = "" if len(names) == len(report["models"]) else f" of {', '.join(names)}"

@@ -41,6 +41,8 @@ def export(
     one_of(kind, ("pipeline", "lora"), kind="format", error=ModelError)
     if kind == "lora" and dtype is not None:
         raise ModelError("a LoRA file is float32, as its adapters were trained", where="--dtype", remedy="leave it out")
+    if kind == "pipeline" and output.suffix == ".safetensors":
+        raise ModelError("a pipeline is a folder", where=f"-o {output}", remedy="another -o, or --format lora")
     prepare()
     from bkd.export import export_lora, export_pipeline
     from bkd.models import DTYPES

@@ -80,8 +80,9 @@ def _train(name: str, folder: Path, recipe: Recipe, overwrite: bool, force: bool
         try:
             with StopSignal() as stop:
                 student = _train_in(folder, name, recipe, overwrite, force, view, stop)
-        except Interrupted:
-            view.phase("stopped, everything is saved; the same command continues")
+        except Interrupted as error:
+            saved = "stopped, everything is saved; the same command continues"
+            view.phase(saved if error.__cause__ is None else "stopped; the same command continues where it was saved")
             raise typer.Exit(STOPPED) from None
         except KeyboardInterrupt:
             view.phase("stopped; the same command continues from the last checkpoint")

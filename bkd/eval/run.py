@@ -23,6 +23,7 @@ from bkd.eval.images import IMAGE_FOLDER, ImageFolder
 from bkd.eval.pictures import side_by_side
 from bkd.eval.suites import Suite
 from bkd.files import replace_file, require_writable, write_atomically
+from bkd.guidance import passes_a_step
 from bkd.model_folder import native_resolution, prompt_length, read_json, unet_config
 from bkd.models import describe_device
 from bkd.progress import Phase, Progress
@@ -153,7 +154,7 @@ def evaluate(evaluation: Evaluation, *, overwrite: bool, phase: Phase, progress:
         return {}
     scores = scorer.score(drawn, phase)
     rows = [
-        {"name": candidate.name, **_cost(candidate), **row}
+        {"name": candidate.name, **_cost(candidate, evaluation.drawing), **row}
         for candidate, row in zip(evaluation.candidates, scores, strict=True)
     ]
     report = {
@@ -261,12 +262,13 @@ def _images_of_other_reports(evaluation: Evaluation) -> set[str]:
     return {name for path in others if path.is_file() for name in _known_report(path).get("images", ())}
 
 
-def _cost(candidate: Named) -> dict[str, Any]:
+def _cost(candidate: Named, drawing: Drawing) -> dict[str, Any]:
     plan = load_plan(candidate.pruned_like) if candidate.pruned_like else None
     cost = unet_cost(unet_config(candidate.folder), plan, num_tokens=prompt_length(candidate.folder))
     return {
         "unet_parameters": cost.parameters,
         "unet_macs": cost.macs,
+        "passes_a_step": passes_a_step(candidate.folder, candidate.pipeline_scale(drawing.guidance_scale)),
         "unet_macs_without_attention": cost.macs_without_attention,
         "sampler": read_json(candidate.folder / "scheduler" / "scheduler_config.json"),
     }

@@ -20,7 +20,7 @@ from bkd.environment import PACKAGES, installed_version
 from bkd.errors import ModelError, one_of
 from bkd.eval.candidates import Named, load_candidate
 from bkd.eval.peak_memory import measure_peak
-from bkd.guidance import pipeline_scale
+from bkd.guidance import nearest_scale, pipeline_scale
 from bkd.model_folder import parts_of, prompt_length, unet_config, weight_files
 from bkd.models import describe_device, dtype_named
 from bkd.progress import Phase, Progress
@@ -47,6 +47,7 @@ class SpeedWish:
         rounds: Measurements of each; in each round every model has its turn.
         num_inference_steps: Of the pipeline.
         guidance_scale: Of the pipeline; above 1 every step evaluates the UNet twice.
+        nearest_scale: Whether students that have not learnt this one are called with the nearest that they have.
     """
 
     parts: tuple[str, ...] = USUAL_PARTS
@@ -56,6 +57,7 @@ class SpeedWish:
     rounds: int = 10
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
+    nearest_scale: bool = False
 
     def cases(self, dtype: str) -> list[Case]:
         """Those of one dtype: eager ones first, because compiling cannot be undone."""
@@ -191,7 +193,10 @@ def wish_for(model: Named, wish: SpeedWish) -> SpeedWish:
     Raises:
         ModelError: If the model draws guided in one pass, and not at that scale.
     """
-    return replace(wish, guidance_scale=pipeline_scale(model.folder, wish.guidance_scale, model.name))
+    asked = wish.guidance_scale
+    if wish.nearest_scale:
+        asked = nearest_scale(model.folder, asked)
+    return replace(wish, guidance_scale=pipeline_scale(model.folder, asked, model.name))
 
 
 def call_of(case: Case, pipe: StableDiffusionPipeline, wish: SpeedWish) -> Callable[[], object]:

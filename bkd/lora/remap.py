@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bkd.errors import ModelError, OutputError
 from bkd.files import replace_file
+from bkd.lora.adapter_file import ADAPTER_FILE
 from bkd.model_folder import unet_config
 from bkd.output_folder import require_new_file
 from bkd.surgery.build import build_empty
@@ -107,6 +108,12 @@ def _read(path: Path) -> dict[str, Tensor]:
             allowed="a .safetensors file; pickled files can run code and are not read",
         )
     names = _tensor_names(path)
+    if path.name == ADAPTER_FILE:
+        raise ModelError(
+            "these are a run's adapters, and no LoRA file yet",
+            where=path,
+            remedy=f"bkd export {path.parent} --format lora -o lora.safetensors",
+        )
     _refuse_other_adapters(path, names)
     try:
         # The SDXL loader takes files of SD 1.x and 2.x, too.

@@ -44,6 +44,10 @@ class GuidedBatch:
     offset: Tensor
     weights: Tensor | None
 
+    def as_student(self, prediction: Tensor) -> Tensor:
+        """What the teacher predicts, as the student is to say it: (B, C, H, W)."""
+        return self.factor * prediction + self.offset * self.noisy.noisy_latents
+
 
 class GuidedDistillation:
     """Teach a student UNet, in one pass, the guided output of its teacher.
@@ -76,7 +80,7 @@ class GuidedDistillation:
         loss = settings.loss
         self._features = ComparedFeatures(teacher, student, pairs if loss.feature_kd else (), loss.balancing)
         self.watching = self._features.watching
-        self._weights = {"output_kd_loss": loss.output_kd, "feature_kd_loss": loss.feature_kd}
+        self._weights = {"output_kd_loss": loss.output_kd, "feature_kd_loss": loss.feature_kd, "unguided_loss": 0.0}
 
     def draw(self, batch: CachedBatch, rng: StepRng) -> GuidedBatch:
         noisy, schedule = self._diffusion.draw(batch, rng), self._diffusion.schedule
@@ -100,15 +104,17 @@ class GuidedDistillation:
             conditioning = self._diffusion.captions(noisy.captions, noisy.dropped, noisy.sizes)
             unconditional, conditional, teacher_features = self._teacher_passes(noisy, conditioning)
             guided = unconditional + drawn.guidance_scale * (conditional - unconditional)
-            target = drawn.factor * guided + drawn.offset * noisy.noisy_latents
+            target, unguided = drawn.as_student(guided), drawn.as_student(conditional)
         model_pred, student_features = self._features.of_student(
             lambda: noisy.predict(self.forward, conditioning, torch.float32, drawn.scale_embeds)
         )
         sites = self._features.losses(student_features, teacher_features)
         terms = {
             "output_kd_loss": output_kd_loss(model_pred, target, drawn.weights),
-            "feature_kd_loss": total(sites, like=model_pred),
+            "unguided_loss": output_kd_loss(unguided, target, drawn.weights),  # what there is to learn
         }
+        if sites:
+            terms["feature_kd_loss"] = total(sites, like=model_pred)
         return LossTerms.weighted(terms, self._weights, sites)
 
     def _teacher_passes(self, noisy: NoisyBatch, conditional: Conditioning) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bkd.errors import suggest
 from bkd.recipe.schema import Recipe
+from bkd.recipe.stages import Finetune, Guided, Kd
 
 EXPECTED = {
     "int_type": "a whole number",
@@ -21,8 +22,7 @@ EXPECTED = {
     "dict_type": "a mapping of keys",
     "union_tag_not_found": "a mapping of keys",
 }
-
-
+METHODS = {kind.name: kind for kind in (Kd, Guided, Finetune)}
 SCALE = "guidance_scale"
 
 
@@ -37,7 +37,8 @@ def explain(problem: Mapping[str, Any]) -> str:
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{key}: unknown key{_instead_of(location, _method_of(problem['loc']))} (got {got!r})"
     if kind == "union_tag_invalid":
-        return f"{key}.name: should be {problem['ctx']['expected_tags']} (got {problem['ctx']['tag']!r})"
+        allowed, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
+        return f"{key}.name: should be {allowed}{suggest(tag, METHODS)} (got {tag!r})"
     if location[-1] == SCALE:
         return f"{key}: should be a number, or a range of two: [low, high] (got {got!r})"
     if kind == "literal_error":
@@ -74,7 +75,9 @@ def _instead_of(location: Sequence[str], method: str | None) -> str:
     keys = [key.replace(".0.", f".{stage}.").rpartition(".") for key in _all_keys(Recipe)]
     elsewhere = [f"{place}.{name}" for place, _, name in keys if name == word]
     if ".".join(location) in elsewhere:
-        return f" of method '{method}'; it belongs to another"
+        key = ".".join(location[location.index("method") + 1 :])
+        owners = [name for name, kind in METHODS.items() if key in _all_keys(kind)]
+        return f" of method '{method}'; it belongs to {', '.join(owners)}"
     if elsewhere:
         return f"; did you mean '{elsewhere[0]}'?"
     here = ".".join(parents)

@@ -297,7 +297,7 @@ def _guidance_problems(method: Guided, recipe: Recipe) -> Iterator[str]:
     low, high = method.scales
     if method.takes_scale and low >= high:
         yield f"method.guidance_scale: a range goes up (got [{low:g}, {high:g}]); one scale is written as a number"
-    elif recipe.samples.prompts and not low <= recipe.samples.guidance_scale <= high:
+    elif low >= 1 and recipe.samples.prompts and not low <= recipe.samples.guidance_scale <= high:
         allowed = f"{low:g} to {high:g}" if method.takes_scale else f"{low:g}"
         yield (
             f"method.guidance_scale: samples.guidance_scale={recipe.samples.guidance_scale:g} is not one that the "

@@ -205,7 +205,7 @@ def require_fitting(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tu
             "the checkpoint's weights do not fit this student",
             where=where,
             got=f"{len(differing)} tensors differ, such as {min(differing)}",
-            remedy="give the student the blocks it had, or --overwrite to start again",
+            remedy="give the student the blocks and adapters it had, or --overwrite to start again",
         )
 
 
