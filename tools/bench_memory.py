@@ -1,8 +1,8 @@
 """Memory of training at the size of Stable Diffusion 1.x, counted from configurations, or measured on random weights.
 
-    python tools/bench_memory.py [--recipe sd15/guided-lora] [--batches 1 2 4 8 16] [--measure] [key=value …]
+    python tools/bench_memory.py [key=value …] [--recipe sd15/guided-lora] [--batches 1 2 4 8 16] [--measure]
 
-What follows goes to `bkd bench memory RECIPE`, with `--count` or without; the teacher is made for the occasion.
+The first go to `bkd bench memory RECIPE`, with `--count` or without; the teacher is made for the occasion.
 """
 
 from __future__ import annotations
