@@ -176,7 +176,7 @@ def test_other_architectures_are_refused(folder):
 
 
 def test_a_missing_hub_repository_says_what_to_give():
-    with pytest.raises(ModelError, match=r"cannot get 'nobody/nothing' from the Hub(.|\n)*--teacher, make: TEACHER="):
+    with pytest.raises(ModelError, match=r"cannot get 'nobody/nothing' from the Hub(.|\n)*teacher.id=, make: TEACHER="):
         locate("nobody/nothing")
 
 
