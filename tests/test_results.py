@@ -115,7 +115,7 @@ def test_figures_of_every_seed_can_be_read_by_others():
 def test_each_way_through_adapters_is_there_with_every_seed_and_fits():
     rates = {way.tried: 1e-3 for way in guided.WAYS}
     planned = guided.comparisons(Path("out"), rates, 3)
-    assert len(planned) == 3 * len(guided.WAYS) == 42
+    assert len(planned) == 3 * len(guided.WAYS) == 45
     files = [t.drawn(step, scale) for t in planned.values() for step in t.points for scale in t.scales(step)]
     assert len(set(files)) == len(files)
     for way in guided.WAYS:
@@ -130,7 +130,7 @@ def test_learning_rates_are_chosen_by_prompts_and_seeds_of_their_own(tmp_path, m
     trials = guided.trials(tmp_path)
     assert {training.seed for training in trials.values()} == {experiment.TRIAL_SEED}
     assert {way.tried for way in guided.WAYS} == {way for way, _ in trials}
-    scores = {3e-4: 1.0, 1e-3: 3.0, 3e-3: 3.0, 4e-3: 5.0, 16e-3: 5.0}
+    scores = {3e-4: 1.0, 1e-3: 3.0, 2e-3: 3.0, 3e-3: 3.0, 4e-3: 5.0, 8e-3: 3.0, 16e-3: 5.0}
     monkeypatch.setattr(guided, "trial_score", lambda training, way: scores[float(training.folder.name)])
     best = guided.best_rates(tmp_path)  # the smallest of equals
     assert {best[way] for way in best} == {1e-3, 4e-3}

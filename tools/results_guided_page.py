@@ -123,9 +123,10 @@ def setup_text(seeds: int) -> list[str]:
         "    make results",
         f"Trained: {LAST} steps of batch {train['batch']}, {train['warmup_steps']} warm-up steps, EMA {train['ema']}, "
         f"{seeds} seeds; one-pass students at a rate that falls as a cosine, pruned ones at a constant one; the rest "
-        "as in `recipes/shapes/guided.yaml` and `sd-small.yaml` (feature KD after every block, weight 1). Adapters (of "
-        f"`{', '.join(runs.TARGETS)}`) are over the teacher's own weights; rank 64 is 32 where a module has 32 "
-        f"channels. {versions}, CPU, one thread a run.",
+        "as in `recipes/shapes/guided.yaml` and `sd-small.yaml` (feature KD after every block, weight 1). Adapters are "
+        f"over the teacher's own weights, of `{', '.join(runs.BLOCK_TARGETS)}`, and in one-pass students of "
+        f"`{', '.join(runs.END_TARGETS)}`, too (not so for `blocks alone`); a module that has "
+        f"room for less than the rank gets the largest that it has room for. {versions}, CPU, one thread a run.",
         f"Drawn: {count} prompts that no training has, with the same noise for every network; {NUM_INFERENCE_STEPS} "
         f"steps, averaged weights; guidance {SCALE:g} for one-pass students, {GUIDANCE_SCALE:g} for pruned ones. "
         f"Accuracy: percent drawn right, mean of seeds; in brackets {CONFIDENCE:.0%} bootstrap intervals (seeds and "

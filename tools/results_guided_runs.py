@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import experiment
 import numpy as np
@@ -32,15 +33,17 @@ SCALES = (1.0, 2.0, GUIDANCE_SCALE, 8.0)
 """Told besides to students that are told a scale, after the last step."""
 RANKS = (4, 16, 64)
 TRIAL_STEPS = 100
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2"]
 WHOLE, SMALL, TINY = "guided", "sd-small", "sd-tiny"
+BLOCK_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2"]
+END_TARGETS = {"conv_in": 32, "conv_out": 4}
+"""The UNet's first and last layer, with the largest rank that they have room for."""
 NARROW = {
     WHOLE: "(down_blocks.0|up_blocks.3)..*",
     SMALL: "(down_blocks.0|up_blocks.3)..*",
     TINY: "(down_blocks.0|up_blocks.2)..*",
 }
 """Modules of 32 channels, which no larger rank fits."""
-RATES = {WHOLE: (3e-4, 1e-3, 3e-3), TINY: (1e-3, 4e-3, 16e-3)}
+RATES = {WHOLE: (3e-4, 1e-3, 3e-3, 8e-3), TINY: (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)}
 """Learning rates to choose from."""
 
 
@@ -52,14 +55,18 @@ class Way:
         student: `guided`: one pass for guidance's two, nothing removed. A preset: its distillation.
         rank: Of adapters over the teacher's own weights; None for all weights.
         told: Whether a one-pass student is told the guidance scale, instead of always having one.
+        inside: Whether a one-pass student's adapters are of blocks alone, and not of the UNet's first and last layer.
     """
 
     student: str
     rank: int | None = None
     told: bool = False
+    inside: bool = False
 
     def __str__(self) -> str:
-        return "all weights" if self.rank is None else f"adapters, rank {self.rank}"
+        if self.rank is None:
+            return "all weights"
+        return f"adapters, rank {self.rank}" + (", blocks alone" if self.inside else "")
 
     @property
     def scale(self) -> float:
@@ -84,10 +91,13 @@ class Way:
         else:
             chosen = [f"{stage}.student.blocks={self.student}", f"{stage}.method.loss.feature_kd=1.0"]
         if self.rank is not None:
-            narrow = {NARROW[self.student]: 32} if self.rank > 32 else {}
-            lora = {"r": self.rank, "target_modules": TARGETS, "rank_pattern": narrow}
-            chosen.append(f"{stage}.lora={json.dumps(lora)}")
+            chosen.append(f"{stage}.lora={json.dumps(self._adapters(self.rank))}")
         return (*chosen, f"train.lr={rate}")
+
+    def _adapters(self, rank: int) -> dict[str, Any]:
+        ends = {} if self.inside or self.student != WHOLE else END_TARGETS
+        largest = {end: most for end, most in {**ends, NARROW[self.student]: 32}.items() if most < rank}
+        return {"r": rank, "target_modules": [*BLOCK_TARGETS, *ends], "rank_pattern": largest}
 
     def training(self, folder: Path, rate: float, seed: int) -> Training:
         """Of the comparison."""
@@ -114,6 +124,7 @@ class Way:
 CAPACITIES = (None, *RANKS)
 WAYS = (
     *(Way(WHOLE, rank) for rank in CAPACITIES),
+    Way(WHOLE, 16, inside=True),
     Way(WHOLE, told=True),
     Way(WHOLE, 16, told=True),
     *(Way(student, rank) for student in (SMALL, TINY) for rank in CAPACITIES),

@@ -112,7 +112,12 @@ def require_adaptable(student: nn.Module, lora: Lora) -> None:
         chosen |= found
     for pattern in lora.rank_pattern:
         if not any(get_pattern_key([pattern], name) == pattern for name in chosen):
-            raise SurgeryError(f"no adapted module's path ends like '{pattern}'", where=f"{KEY}.rank_pattern")
+            raise SurgeryError(
+                f"no adapted module's path ends like '{pattern}'",
+                where=f"{KEY}.rank_pattern",
+                got=f"target_modules {', '.join(lora.target_modules)}",
+                remedy=f"adapt it, too, or leave it out: {KEY}.rank_pattern={{}} for none",
+            )
     for name, module in chosen.items():
         rank = lora.rank_pattern.get(get_pattern_key(list(lora.rank_pattern), name), lora.r)
         if rank > (most := _full_rank(module)):

@@ -325,5 +325,6 @@ def running_out_of_memory(train: Train) -> Iterator[None]:
             where="train.batch",
             got=f"{train.batch} images in {train.grad_accum} passes: {str(error).splitlines()[0]}",
             remedy=f"train.grad_accum={train.grad_accum * 2} (the result stays the same), then "
-            "train.gradient_checkpointing=true, train.mixed_precision=bf16, train.optimizer=adamw-8bit, or adapters",
+            "train.gradient_checkpointing=true, train.mixed_precision=bf16, train.optimizer=adamw-8bit, adapters, "
+            "or, for guided, method.joint_teacher_passes=false",
         ) from error
