@@ -7,6 +7,7 @@ for any other than 1, the pipeline would guide it once more, with two passes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,11 @@ def nearest_scale(folder: Path, wanted: float) -> float:
     return wanted if known is None else known.nearest(wanted)
 
 
-def passes_a_step(folder: Path, pipeline_scale: float) -> int:
+def passes_a_step(unet: Mapping[str, Any], pipeline_scale: float) -> int:
     """How often the stock pipeline evaluates the UNet in a denoising step.
 
     Args:
-        folder: Pipeline folder.
-        pipeline_scale: The `guidance_scale` that it is called with.
+        unet: The UNet's configuration.
+        pipeline_scale: The `guidance_scale` that the pipeline is called with.
     """
-    return 2 if pipeline_scale > 1 and not unet_config(folder).get("time_cond_proj_dim") else 1
+    return 2 if pipeline_scale > 1 and not unet.get("time_cond_proj_dim") else 1

@@ -264,11 +264,13 @@ def _images_of_other_reports(evaluation: Evaluation) -> set[str]:
 
 def _cost(candidate: Named, drawing: Drawing) -> dict[str, Any]:
     plan = load_plan(candidate.pruned_like) if candidate.pruned_like else None
-    cost = unet_cost(unet_config(candidate.folder), plan, num_tokens=prompt_length(candidate.folder))
+    unet = unet_config(candidate.folder)
+    cost = unet_cost(unet, plan, num_tokens=prompt_length(candidate.folder))
+    as_drawn = unet if plan is None else {**unet, **plan.overrides}
     return {
         "unet_parameters": cost.parameters,
         "unet_macs": cost.macs,
-        "passes_a_step": passes_a_step(candidate.folder, candidate.pipeline_scale(drawing.guidance_scale)),
+        "passes_a_step": passes_a_step(as_drawn, candidate.pipeline_scale(drawing.guidance_scale)),
         "unet_macs_without_attention": cost.macs_without_attention,
         "sampler": read_json(candidate.folder / "scheduler" / "scheduler_config.json"),
     }

@@ -20,7 +20,7 @@ from bkd.environment import PACKAGES, installed_version
 from bkd.errors import ModelError, one_of
 from bkd.eval.candidates import Named, load_candidate
 from bkd.eval.peak_memory import measure_peak
-from bkd.guidance import nearest_scale, pipeline_scale
+from bkd.guidance import nearest_scale, passes_a_step, pipeline_scale
 from bkd.model_folder import parts_of, prompt_length, unet_config, weight_files
 from bkd.models import describe_device, dtype_named
 from bkd.progress import Phase, Progress
@@ -207,8 +207,7 @@ def call_of(case: Case, pipe: StableDiffusionPipeline, wish: SpeedWish) -> Calla
         return lambda: pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="pt")
     unet, tokens = pipe.unet, pipe.text_encoder.config.max_position_embeddings
     one = unet_inputs(unet.config, side=unet.config.sample_size, num_tokens=tokens)
-    two_passes = case.part == "step" and wish.guidance_scale > 1 and unet.config.time_cond_proj_dim is None
-    count = case.batch * (2 if two_passes else 1)
+    count = case.batch * (passes_a_step(unet.config, wish.guidance_scale) if case.part == "step" else 1)
     inputs = {name: tensor.expand(count, *tensor.shape[1:]).to(pipe.device) for name, tensor in one.items()}
     inputs = {name: x.to(unet.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
