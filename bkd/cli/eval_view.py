@@ -31,7 +31,7 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
                 model["name"],
                 _share(accuracy),
                 f"{accuracy['low']:.1%} - {accuracy['high']:.1%}",
-                "-" if found["relative"] is None else f"{found['relative']:.1%}",
+                _of_teacher(found["relative"]),
                 *(_share(found["by_objects"][name]) for name in ("one", "two")),
                 _value(found["shapes_fid"]),
                 short(model["unet_parameters"]),
@@ -53,6 +53,13 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
     console.print(table(title, header, rows))
     if "skipped" in found["shapes_fid"]:
         console.print(f"shapes-FID skipped: {found['shapes_fid']['skipped']}")
+
+
+def _of_teacher(relative: float | None) -> str:
+    """A share of the teacher's accuracy; a factor where it can next to nothing, such as a theme it was not taught."""
+    if relative is None:
+        return "-"
+    return f"{relative:.1%}" if relative < 10 else f"{relative:,.0f} x"
 
 
 def _show_metrics(report: dict[str, Any], how: str) -> None:
