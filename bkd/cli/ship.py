@@ -36,18 +36,19 @@ def export(
 ) -> None:
     """Hand on what a run made: a pipeline folder, or a LoRA file."""
     from bkd.errors import ModelError, one_of
-    from bkd.run_folder import RunFolder
+    from bkd.run_folder import RunFolder, require_finished
 
     one_of(kind, ("pipeline", "lora"), kind="format", error=ModelError)
     if kind == "lora" and dtype is not None:
         raise ModelError("a LoRA file is float32, as its adapters were trained", where="--dtype", remedy="leave it out")
     if kind == "pipeline" and output.suffix == ".safetensors":
         raise ModelError("a pipeline is a folder", where=f"-o {output}", remedy="another -o, or --format lora")
+    require_finished(RunFolder(run))  # before imports that take seconds
     prepare()
     from bkd.export import export_lora, export_pipeline
     from bkd.models import DTYPES
 
-    console.print("writing and reloading …")
+    console.print("checking, writing and reloading …")
     if kind == "pipeline":
         export_pipeline(
             RunFolder(run), output, DTYPES[one_of(dtype or "float32", DTYPES, kind="dtype")], overwrite=overwrite
