@@ -214,7 +214,7 @@ def run_recipe(
     with _recorded_end(run, stop):
         if run.writes:
             run.require_same("teacher_digest", model_digest(inputs.teacher), force=force)
-        listener.phase("loading the teacher")
+        listener.phase(f"loading the {recipe.origin}")
         pipe = load_pipeline(inputs.teacher)
         _make_latents(inputs.caching, pipe, listener)
         data = read_latents(inputs.caching, window=recipe.data.shuffle_shards)

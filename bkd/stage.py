@@ -93,7 +93,9 @@ class StageRun:
         self._stage = job.recipe.stages[number]
         self._kind = student_kind(self._stage, job.teacher)
         theirs = StudentKind(one_pass_guidance(job.teacher))
-        self._pictures = ValidationPictures(pipe, job.recipe.samples, self._dtype, self._device, self._kind, theirs)
+        self._pictures = ValidationPictures(
+            job.recipe.origin, pipe, job.recipe.samples, self._dtype, self._device, self._kind, theirs
+        )
         self._metrics = MetricsLog(job.run.metrics)
 
     def train(self) -> None:

@@ -237,7 +237,7 @@ def test_a_finished_student_is_fine_tuned_with_and_without_adapters(bkd, train, 
         code, printed = bkd("eval", run, "--num-prompts", 2, "--num-inference-steps", 2, "--split", "theme-test")
         assert code == 0, printed
         names = [model["name"] for model in json.loads((run / "eval" / "shapes.json").read_text())["models"]]
-        assert names == ["teacher", name]  # what it started from is its teacher
+        assert names == ["original", name] and "of original" in printed
         assert (run / "samples" / "00-final.png").is_file()
     assert "done" in bkd("export", run, "--format", "lora", "-o", tmp_path / "lora.safetensors")[1]
     assert (

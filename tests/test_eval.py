@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bkd.cli.eval_view import _of_teacher
 from bkd.data.prompts import read_prompts
 from bkd.data.shapes import scenes
 from bkd.data.shapes_checker import rendered
 from bkd.errors import DataError
+from bkd.eval import shown
 from bkd.eval.fidelity import FeatureStatistics
 from bkd.eval.generate import Drawing
 from bkd.eval.images import ImageFolder, Saving, read_pixels
@@ -352,6 +352,8 @@ def test_prompts_come_from_lines_or_a_column(tmp_path):
             read_prompts(tmp_path / name)
 
 
-@pytest.mark.parametrize(("relative", "shown"), [(None, "-"), (0.976, "97.6%"), (1.001, "100.1%"), (228.5, "228 x")])
-def test_a_share_of_next_to_nothing_is_shown_as_a_factor(relative, shown):
-    assert _of_teacher(relative) == shown
+@pytest.mark.parametrize(
+    ("accuracy", "text"), [(None, shown.NONE), (0.976, "97.6%"), (1.001, "100.1%"), (228.5, "228 x")]
+)
+def test_a_share_of_next_to_nothing_is_shown_as_a_factor(accuracy, text):
+    assert shown.relative(accuracy) == text

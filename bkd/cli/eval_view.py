@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bkd.cli.console import console, short, table
+from bkd.eval.shown import NONE, SPLIT_TITLES, relative, share
 
-SPLITS = {"test": "unseen captions (test)", "novel": "unseen combinations (novel)", "theme-test": "the theme"}
 METRICS = {"fid": "FID", "kid": "KID", "inception_score": "IS", "clip_score": "CLIP score"}
 
 
@@ -29,21 +29,21 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
         rows.append(
             (
                 model["name"],
-                _share(accuracy),
+                share(accuracy),
                 f"{accuracy['low']:.1%} - {accuracy['high']:.1%}",
-                _of_teacher(found["relative"]),
-                *(_share(found["by_objects"][name]) for name in ("one", "two")),
+                relative(found["relative"]),
+                *(share(found["by_objects"][name]) for name in ("one", "two")),
                 _value(found["shapes_fid"]),
                 short(model["unet_parameters"]),
                 f"{short(model['unet_macs'])} x {model['passes_a_step']}",
             )
         )
-    title = f"{report['settings']['num_prompts']} prompts of {SPLITS.get(split, split)}, {how}"
+    title = f"{report['settings']['num_prompts']} prompts of {SPLIT_TITLES.get(split, split)} ({split}), {how}"
     header = (
         "model",
         "correct",
         "95 % interval",
-        "of teacher",
+        f"of {report['models'][0]['name']}",
         "one object",
         "two",
         "shapes-FID",
@@ -53,13 +53,6 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
     console.print(table(title, header, rows))
     if "skipped" in found["shapes_fid"]:
         console.print(f"shapes-FID skipped: {found['shapes_fid']['skipped']}")
-
-
-def _of_teacher(relative: float | None) -> str:
-    """A share of the teacher's accuracy; a factor where it can next to nothing, such as a theme it was not taught."""
-    if relative is None:
-        return "-"
-    return f"{relative:.1%}" if relative < 10 else f"{relative:,.0f} x"
 
 
 def _show_metrics(report: dict[str, Any], how: str) -> None:
@@ -82,21 +75,17 @@ def _show_metrics(report: dict[str, Any], how: str) -> None:
             if "skipped" in model[name]:
                 reasons.setdefault((label, model[name]["skipped"]), []).append(model["name"])
     title = f"{report['settings']['num_prompts']} prompts, {how}"
-    header = ("model", *METRICS.values(), "PSNR to teacher", "SSIM", "params", "MACs a step")
+    header = ("model", *METRICS.values(), f"PSNR to {report['models'][0]['name']}", "SSIM", "params", "MACs a step")
     console.print(table(title, header, rows))
     for (label, reason), names in reasons.items():
         whose = "" if len(names) == len(report["models"]) else f" of {', '.join(names)}"
         console.print(f"{label}{whose} skipped: {reason}")
 
 
-def _share(proportion: dict[str, Any] | None) -> str:
-    return f"{proportion['successes'] / proportion['total']:.1%}" if proportion else "-"
-
-
 def _value(metric: dict[str, Any]) -> str:
     """`12.3 ± 0.4`, the half width of the 95 % interval; one image has none."""
     if "value" not in metric:
-        return "-"
+        return NONE
     if metric["low"] is None:
         return f"{metric['value']:.4g}"
     half = (metric["high"] - metric["low"]) / 2

@@ -103,7 +103,7 @@ def _train_in(
 
     if process_place().rank == 0:
         log_in(recipe.train.trackers)
-    view.phase("checking teacher and shards")
+    view.phase(f"checking {recipe.origin} and shards")
     inputs = check_inputs(recipe, view.update)
     listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
     run = RunFolder(folder, writes=False)

@@ -67,7 +67,8 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
         original = _teacher_of(run, teacher)
         known = [named for named in found if named.folder == original and named.pruned_like is None]
         if not known:
-            found.append(Named(f"teacher of {label}" if found else "teacher", original))
+            origin = run.recipe().origin
+            found.append(Named(f"{origin} of {label}" if found else origin, original))
         found += [*_untrained(f"{label} untrained", run, original, folder), Named(label, folder)]
     names = [named.name for named in found]
     if len(set(names)) < len(found) or len(given) < len(models):

@@ -51,6 +51,7 @@ class ValidationPictures:
     """Teacher | student for each validation prompt, from the same noise; the teacher draws once.
 
     Args:
+        origin: What the teacher is called.
         pipe: The teacher's pipeline; what training does not need is on the device only while pictures are drawn.
         samples: What to draw, and how.
         dtype: Of the forward passes.
@@ -61,6 +62,7 @@ class ValidationPictures:
 
     def __init__(
         self,
+        origin: str,
         pipe: StableDiffusionPipeline,
         samples: Samples,
         dtype: torch.dtype,
@@ -68,14 +70,14 @@ class ValidationPictures:
         kind: StudentKind,
         teacher_kind: StudentKind,
     ) -> None:
-        self._pipe, self._samples, self._dtype, self._device = pipe, samples, dtype, device
+        self._origin, self._pipe, self._samples, self._dtype, self._device = origin, pipe, samples, dtype, device
         self._kind, self._teacher_kind = kind, teacher_kind
         self._teacher: Tensor | None = None
 
     def draw_teacher(self) -> None:
         """Now, rather than at the first picture."""
         if self._teacher is None and self._samples.prompts:
-            scale = self._teacher_kind.pipeline_scale(self._samples.guidance_scale, "teacher")
+            scale = self._teacher_kind.pipeline_scale(self._samples.guidance_scale, self._origin)
             self._teacher = self._draw(self._pipe, scale)
 
     def save(self, path: Path, student: UNet2DConditionModel) -> None:
@@ -86,7 +88,7 @@ class ValidationPictures:
         assert self._teacher is not None
         scale = self._kind.pipeline_scale(self._samples.guidance_scale, "samples")
         drawn = {
-            "teacher": self._teacher,
+            self._origin: self._teacher,
             "student": self._draw(with_unet(self._pipe, student, self._kind.prediction_type), scale),
         }
         path.parent.mkdir(parents=True, exist_ok=True)

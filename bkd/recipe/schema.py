@@ -147,6 +147,11 @@ class Recipe:
     stages: tuple[Stage, ...] = (Stage(),)
     samples: Samples = field(default_factory=Samples)
 
+    @property
+    def origin(self) -> str:
+        """What people are told that the model at `teacher.id` is: what is fine-tuned teaches nobody."""
+        return "original" if self.stages[0].method.name == "finetune" else "teacher"
+
 
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),

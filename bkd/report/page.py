@@ -12,14 +12,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bkd.errors import OutputError
+from bkd.eval.shown import NONE, SPLIT_TITLES, relative, share
 from bkd.files import write_atomically
 from bkd.report.curves import Curve, curve_svg
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
 from bkd.training.tracking import read_metrics
-
-NONE = "\N{EN DASH}"
-"""In a cell of a table that has nothing to say."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,11 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         output = output / "report.html"
     views = [_view(RunFolder(path)) for path in runs]
     environment = Environment(loader=PackageLoader("bkd.report"), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"percent": "{:.1%}".format, "share": _share, "estimate": _estimate, "number": _number}
-    page = environment.get_template("report.html").render(runs=views)
+    environment.filters |= {"percent": "{:.1%}".format, "share": share, "relative": relative}
+    environment.filters |= {"estimate": _estimate, "number": _number}
+    page = environment.get_template("report.html").render(runs=views, split_titles=SPLIT_TITLES)
     write_atomically(output, page)
     return output
-
-
-def _share(proportion: Mapping[str, Any] | None) -> str:
-    return f"{proportion['successes'] / proportion['total']:.1%}" if proportion else NONE
 
 
 def _number(value: object) -> str:
@@ -92,7 +87,7 @@ def _view(run: RunFolder) -> RunView:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text())
-    if "drawing" not in found.get("settings", {}):
+    if "drawing" not in found.get("settings", {}) or "passes_a_step" not in found["models"][0]:
         raise OutputError(
             "this measurement is of another version", where=path, remedy=f"bkd eval {path.parent.parent} --overwrite"
         )
