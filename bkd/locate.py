@@ -14,6 +14,7 @@ from bkd.data.shapes import EMBEDDED
 from bkd.errors import ModelError
 from bkd.model_folder import check_pipeline_folder, read_json
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FORMS = (
     f"'{EMBEDDED}', a pipeline folder, a run folder, a single .safetensors file with --config, "
@@ -24,6 +25,23 @@ FORMS = (
 def is_folder(name: str | Path) -> bool:
     """Whether a MODEL argument means a folder on this disk, with nothing to fetch or to take apart."""
     return str(name) == EMBEDDED or Path(name).expanduser().is_dir()
+
+
+def refuse_unknown(name: str | Path) -> None:
+    """Refuse a MODEL argument that can mean nothing, before libraries are loaded, which takes seconds.
+
+    Runs, and what must be fetched or taken apart, are looked at later.
+
+    Raises:
+        ModelError: If it is no model folder, no file of a kind that is read, and no Hub id.
+    """
+    if is_folder(name):
+        if not (Path(name).expanduser() / "run.json").is_file():
+            locate(name)
+    elif Path(name).suffix in SINGLE_FILE_SUFFIXES:
+        _require_safe_file(Path(name).expanduser())
+    elif not HUB_ID.fullmatch(str(name)):
+        raise ModelError(f"no model '{name}'", allowed=FORMS)
 
 
 def locate(
@@ -54,6 +72,7 @@ def locate(
     if (path / "run.json").is_file() and not (path / "model_index.json").is_file():
         path = _student_of(path)
     elif not is_folder(name):
+        refuse_unknown(name)
         # Configurations first: what is not supported is not downloaded.
         check_pipeline_folder(_download(str(name), revision, weights=False), weights=False)
         path = _download(str(name), revision, weights)
@@ -68,7 +87,7 @@ def _student_of(run: Path) -> Path:
     return run / "student"
 
 
-def _single_file(path: Path, config: str | Path | None, weights: bool) -> Path:
+def _require_safe_file(path: Path) -> None:
     if not path.is_file():
         raise ModelError("no such file", where=path, allowed=FORMS)
     if path.suffix != ".safetensors":
@@ -78,6 +97,10 @@ def _single_file(path: Path, config: str | Path | None, weights: bool) -> Path:
             allowed="a .safetensors file",
             remedy="ask for the .safetensors version of this model",
         )
+
+
+def _single_file(path: Path, config: str | Path | None, weights: bool) -> Path:
+    _require_safe_file(path)
     if config is None:
         raise ModelError(
             "a single file does not say its architecture",
@@ -93,8 +116,6 @@ def _single_file(path: Path, config: str | Path | None, weights: bool) -> Path:
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ModelError(f"no model '{name}'", allowed=FORMS)
     try:
         return _snapshot(name, revision, weights)
     except Exception as error:  # the Hub client raises a dozen kinds; each means that there is no model to work on

@@ -17,6 +17,9 @@ from bkd.model_folder import is_inpainting, is_sdxl, parts_of, unet_config
 from bkd.prediction_type import PredictionType
 from bkd.unet_weights import check_unet_weights
 
+LONGEST_PROMPT = 100_000
+"""More than any text encoder takes, and less than what transformers has for "not written"."""
+
 
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The UNet alone, on the CPU.
@@ -44,7 +47,8 @@ def load_pipeline(
         without: Parts that are not needed and not loaded.
 
     Raises:
-        ModelError: If tensors of the UNet are missing; for an inpainting model, which draws from no text alone.
+        ModelError: If tensors of the UNet are missing, or a tokenizer knows no length; for an inpainting model, which
+            draws from no text alone.
     """
     if "unet" not in without:
         check_unet_weights(folder)
@@ -61,7 +65,21 @@ def load_pipeline(
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
+    _require_prompt_length(pipe, folder)
     return pipe
+
+
+def _require_prompt_length(pipe: Any, folder: Path) -> None:
+    """Prompts are padded to the tokenizer's own length; to transformers it is endless where none is written."""
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = pipe.components.get(name)
+        if tokenizer is not None and tokenizer.model_max_length > LONGEST_PROMPT:
+            raise ModelError(
+                "the tokenizer does not say how many tokens a prompt has",
+                where=folder / name / "tokenizer_config.json",
+                got="no model_max_length",
+                remedy='add "model_max_length": 77, or what the text encoder has as max_position_embeddings',
+            )
 
 
 def describe_device(device: torch.device) -> str:

@@ -77,14 +77,26 @@ def test_help_does_not_load_torch():
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("wish", [("--blocks", "foo"), ("--blocks", "mid", "-o", str(ROOT))])
-def test_a_wrong_wish_is_refused_before_anything_heavy_loads(wish):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "shapes", "--dry-run", "--blocks", "foo"),
+        ("prune", "shapes", "--dry-run", "--blocks", "mid", "-o", str(ROOT)),
+        ("prune", "no/such/model", "--blocks", "mid", "--dry-run"),
+        ("eval", "shapes", "/no/such/folder"),
+        ("eval", "shapes", "--teacher", "model.ckpt"),
+        ("sample", str(ROOT), "-o", "pictures", "--prompt", "a"),
+        ("bench", "speed", "shapez"),
+        ("data", "generate", "shapez", "--prompts", "prompts.txt", "-o", "drawn"),
+    ],
+)
+def test_a_wrong_wish_is_refused_before_anything_heavy_loads(command):
     script = f"""
 import sys
 from bkd.cli.app import app
 from bkd.errors import BkdError
 try:
-    app(["prune", "shapes", "--dry-run", *{wish}], standalone_mode=False)
+    app({list(command)}, standalone_mode=False)
 except BkdError:
     sys.exit("torch" in sys.modules or "diffusers" in sys.modules)
 sys.exit("not refused")

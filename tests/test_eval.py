@@ -117,6 +117,17 @@ def test_what_was_drawn_is_found_again(bkd, tmp_path):
     assert "already measured" in bkd(*arguments)[1]
 
 
+def test_a_report_of_an_older_version_is_made_again_of_the_same_images(bkd, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("eval", "shapes", "--num-prompts", 3, "--split", "test", *FAST, "-o", out)
+    assert bkd(*arguments)[0] == 0
+    before = report_of(out, "shapes")
+    older = {**before, "models": [{k: v for k, v in row.items() if k != "passes_a_step"} for row in before["models"]]}
+    (out / "shapes.json").write_text(json.dumps(older))
+    code, printed = bkd(*arguments)
+    assert code == 0 and "drawing" not in printed and report_of(out, "shapes") == before
+
+
 def test_other_settings_need_overwrite_and_take_old_images_away(bkd, tmp_path):
     out = tmp_path / "out"
     arguments = ("eval", "shapes", "--num-prompts", 3, *FAST, "-o", out)

@@ -62,6 +62,15 @@ def test_truncated_weights_are_refused_by_their_header(folder, part):
         locate(folder)
 
 
+def test_a_tokenizer_without_a_length_is_named(folder):
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if "max_length" not in k}))
+    with pytest.raises(
+        ModelError, match=r"(?s)tokenizer_config\.json: .*how many tokens a prompt has.*model_max_length"
+    ):
+        load_pipeline(folder)
+
+
 def test_a_broken_configuration_is_named(folder):
     (folder / "unet" / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):

@@ -64,7 +64,7 @@ def speed_(
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
 ) -> None:
     """Time models in turns: one UNet pass and the whole pipeline, with memory and sizes."""
-    prepare()
+    prepare(*models, teacher)
     from bkd.cli.speed_view import show_speed
     from bkd.eval.candidates import name_candidates
     from bkd.eval.speed import SpeedWish, bench_speed, require_possible

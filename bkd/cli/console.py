@@ -34,10 +34,18 @@ def print_error(text: str) -> None:
     _errors.print(f"error: {text}", style="red")
 
 
-def prepare() -> None:
-    """Called first by every verb that loads models: a working environment, and only our own words on the screen."""
-    from bkd.environment import require_working_environment
+def prepare(*models: str | None) -> None:
+    """Called first by every verb that loads models: a working environment, and only our own words on the screen.
 
+    Args:
+        models: MODEL arguments, for those that mean nothing to be refused before libraries are loaded.
+    """
+    from bkd.environment import require_working_environment
+    from bkd.locate import refuse_unknown
+
+    for model in models:
+        if model is not None:
+            refuse_unknown(model)
     require_working_environment()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is installed

@@ -180,7 +180,7 @@ def cache(
 
     Under `accelerate launch` the shards are shared between the processes.
     """
-    prepare()
+    prepare(teacher)
     from bkd.caching import counted_images, ensure_latents, plan_caching
     from bkd.cli.data_view import show_latents
     from bkd.data.check import check_latents
@@ -226,7 +226,7 @@ def generate(
 
     Any number of processes draws the same ones.
     """
-    prepare()
+    prepare(teacher)
     from bkd.data.output_set import require_ours
     from bkd.data.prompts import read_prompts
     from bkd.environment import process_place

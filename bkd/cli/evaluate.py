@@ -27,7 +27,7 @@ def sample(
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
 ) -> None:
     """Draw one picture for each prompt."""
-    prepare()
+    prepare(model)
     from bkd.data.prompts import read_prompts, require_prompts
     from bkd.eval.sample import drawing_settings, sample_to_folder
 
@@ -67,7 +67,7 @@ def eval_(
     overwrite: Annotated[bool, typer.Option(help="Replace a report of other models or settings.")] = False,
 ) -> None:
     """Measure models side by side, on the same prompts and noise."""
-    prepare()
+    prepare(*models, teacher)
     from bkd.cli.eval_view import show
     from bkd.environment import process_place
     from bkd.eval.protocols import Wish, plan_drawing, plan_suite

@@ -147,7 +147,7 @@ def _located(model: str, revision: str | None, config: str | None, *, weights: b
     from bkd.locate import is_folder, locate
 
     if not is_folder(model):
-        prepare()  # the Hub's and single files' importers load diffusers
+        prepare(model)  # the Hub's and single files' importers load diffusers
     return locate(model, revision=revision, config=config, weights=weights)
 
 
@@ -200,7 +200,7 @@ def remap(
 
     Every tensor that has nowhere to go is listed.
     """
-    prepare()
+    prepare(student, teacher)
     from bkd.cli.anatomy_view import show_remapped
     from bkd.inspection import lineage_of
     from bkd.locate import locate

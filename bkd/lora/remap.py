@@ -191,5 +191,5 @@ def _check_shape(path: Path, key: str, tensor: Tensor, weight: tuple[int, ...]) 
                 where=path,
                 got=f"{key}: {tuple(tensor.shape)}",
                 allowed=f"{size} channels at that module",
-                remedy="give a LoRA of the student's own teacher",
+                remedy="give a LoRA of the student's own teacher; one that was trained on the student fits as it is",
             )
