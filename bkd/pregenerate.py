@@ -30,7 +30,7 @@ SAMPLES_PER_SHARD = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ShardDrawing:
     """How images are drawn and stored.
 
     Attributes:
@@ -49,13 +49,11 @@ class Drawing:
 
 
 def generate_shards(
-    pipe: Any,
-    teacher: Path,
+    model: str,
     prompts: Sequence[str],
-    drawing: Drawing,
+    drawing: ShardDrawing,
     folder: Path,
     *,
-    cache: Path,
     place: Place = ALONE,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -66,26 +64,27 @@ def generate_shards(
     on the number of processes, nor on stops in between.
 
     Args:
-        pipe: The teacher, loaded.
-        teacher: Its pipeline folder.
+        model: The teacher, a MODEL argument.
         prompts: One for each image.
-        drawing: See `Drawing`.
+        drawing: See `ShardDrawing`.
         folder: Output.
-        cache: Folder for indexes.
         place: Of this process among those that share the work.
         overwrite: Whether a data set of other settings may be replaced.
         progress: Called with images of this process's share.
 
     Raises:
-        OutputError: If the folder holds something else.
+        BkdError: If there is no such teacher, it does not draw at that scale, or the folder holds something else.
     """
+    teacher = locate(model)
     settings = {
         **asdict(drawing),
         "teacher": model_digest(teacher),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "num_prompts": len(prompts),
     }
-    pipeline_scale(teacher, drawing.guidance_scale, teacher)  # refused before anything is made
+    # A teacher that does not draw is refused before anything is made.
+    pipeline_scale(teacher, drawing.guidance_scale, teacher)
+    pipe = load_pipeline(teacher, device=best_device())
     num_shards = -(-len(prompts) // drawing.per_shard)
     output = open_output_set(folder, "generate", num_shards, settings, place=place, overwrite=overwrite)
     sizes = [len(range(len(prompts))[_slice(n, drawing)]) for n in range(num_shards)]
@@ -95,37 +94,11 @@ def generate_shards(
     progress(done, total)
     for number in todo:
         _generate_shard(output, number, pipe, teacher, prompts, drawing, part_of(progress, done, total))
-        index_shard(output.path(number), cache)
+        index_shard(output.path(number), cache_folder())
         done += sizes[number]
 
 
-def generate_with(
-    model: str,
-    prompts: Sequence[str],
-    drawing: Drawing,
-    folder: Path,
-    *,
-    place: Place,
-    overwrite: bool,
-    progress: Progress,
-) -> None:
-    """`bkd data generate`: find the teacher, load it on this process's device, draw."""
-    teacher = locate(model)
-    pipe = load_pipeline(teacher, device=best_device())
-    generate_shards(
-        pipe,
-        teacher,
-        prompts,
-        drawing,
-        folder,
-        cache=cache_folder(),
-        place=place,
-        overwrite=overwrite,
-        progress=progress,
-    )
-
-
-def _slice(number: int, drawing: Drawing) -> slice:
+def _slice(number: int, drawing: ShardDrawing) -> slice:
     return slice(number * drawing.per_shard, (number + 1) * drawing.per_shard)
 
 
@@ -135,7 +108,7 @@ def _generate_shard(
     pipe: Any,
     teacher: Path,
     prompts: Sequence[str],
-    drawing: Drawing,
+    drawing: ShardDrawing,
     report: Callable[[int], None],
 ) -> None:
     indices = range(len(prompts))[_slice(number, drawing)]
@@ -160,7 +133,7 @@ def _generate_shard(
     output.write(number, records())
 
 
-def _sample(image: Tensor, prompt: str, index: int, drawing: Drawing) -> NewSample:
+def _sample(image: Tensor, prompt: str, index: int, drawing: ShardDrawing) -> NewSample:
     encoded = io.BytesIO()
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     options = {"format": "PNG"} if drawing.extension == "png" else {"format": "JPEG", "quality": 95, "subsampling": 0}

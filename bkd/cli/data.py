@@ -231,17 +231,17 @@ def generate(
     from bkd.data.prompts import read_prompts
     from bkd.environment import process_place
     from bkd.eval.sample import drawing_settings
-    from bkd.pregenerate import Drawing, generate_with
+    from bkd.pregenerate import ShardDrawing, generate_shards
 
     require_ours(output)
     texts = read_prompts(prompts)
     steps, guidance = drawing_settings(teacher, num_inference_steps, guidance_scale)
-    drawing = Drawing(
+    drawing = ShardDrawing(
         num_inference_steps=steps, guidance_scale=guidance, seed=seed, extension=image_format, per_shard=per_shard
     )
     place = process_place()
     with progress_view("images/s", quiet=place.rank > 0, continues=True) as view:
         view.phase(f"drawing {counted(len(texts), 'prompt')}")
-        generate_with(teacher, texts, drawing, output, place=place, overwrite=overwrite, progress=view.update)
+        generate_shards(teacher, texts, drawing, output, place=place, overwrite=overwrite, progress=view.update)
     if place.rank == 0:
         console.print(f"done: {output}")
