@@ -63,10 +63,10 @@ def locate(
     is_single_file = path.suffix in SINGLE_FILE_SUFFIXES and not is_folder(name)
     if config is not None and not is_single_file:
         raise ModelError("--config is for single files", where=path, got=config, remedy="leave it out")
+    if revision is not None and (path.exists() or str(name) == EMBEDDED):
+        raise ModelError("--revision is for Hub ids", where=path, got=revision, remedy="leave it out")
     if str(name) == EMBEDDED:
         return Path(str(resources.files("bkd") / "assets" / "shapes"))
-    if revision is not None and path.exists():
-        raise ModelError("--revision is for Hub ids", where=path, got=revision, remedy="leave it out")
     if is_single_file:
         return _single_file(path, config, weights)
     if (path / "run.json").is_file() and not (path / "model_index.json").is_file():

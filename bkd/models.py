@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_args
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -13,7 +13,7 @@ from torch import nn
 
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import ModelError, one_of
-from bkd.model_folder import is_inpainting, is_sdxl, parts_of, unet_config
+from bkd.model_folder import is_inpainting, is_sdxl, parts_of, read_json, unet_config
 from bkd.prediction_type import PredictionType
 from bkd.unet_weights import check_unet_weights
 
@@ -136,11 +136,24 @@ def use_channels_last(unet: nn.Module, wish: bool | None, dtype: torch.dtype, de
 
 
 def load_noise_schedule(folder: Path) -> NoiseSchedule:
-    """The training schedule that the folder's scheduler configuration describes."""
+    """The training schedule that the folder's scheduler configuration describes.
+
+    Raises:
+        ModelError: If it is of another kind than DDPM's, such as EDM's or flow matching.
+    """
+    written = read_json(folder / "scheduler" / "scheduler_config.json")
+    name = str(written.get("_class_name"))
+    if "EDM" in name or "Flow" in name or written.get("use_flow_sigmas"):
+        raise ModelError(
+            "this model was not trained on a noise schedule of DDPM's kind",
+            where=folder / "scheduler" / "scheduler_config.json",
+            got=name,
+            allowed="schedulers with betas, such as DDIM, PNDM, Euler and DPM-Solver",
+        )
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    return NoiseSchedule.from_alphas_cumprod(
-        scheduler.alphas_cumprod, cast(PredictionType, scheduler.config.prediction_type)
-    )
+    prediction_type = scheduler.config.prediction_type
+    one_of(prediction_type, get_args(PredictionType), kind="prediction_type", error=ModelError)
+    return NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod, prediction_type)
 
 
 def best_device() -> torch.device:

@@ -22,11 +22,11 @@ from bkd.files import cache_folder
 from bkd.locate import locate
 from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config, vae_factor
-from bkd.models import best_device, describe_device, load_pipeline
+from bkd.models import best_device, describe_device, load_noise_schedule, load_pipeline
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder, is_trained
-from bkd.stage import Job, Listener, StageRun, student_folder
+from bkd.stage import Job, Listener, StageRun, require_same_start, student_folder
 from bkd.stage_setup import plan_stage, student_kind
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
@@ -193,6 +193,7 @@ def _check_trainable(recipe: Recipe, teacher: Path) -> None:
             allowed="text-to-image teachers: Stable Diffusion 1.x and 2.x, SDXL",
             remedy="bkd prune writes a student that other training code can take",
         )
+    load_noise_schedule(teacher)  # refuses those that are not of this kind
 
 
 def run_recipe(
@@ -214,6 +215,8 @@ def run_recipe(
     with _recorded_end(run, stop):
         if run.writes:
             run.require_same("teacher_digest", model_digest(inputs.teacher), force=force)
+        for stage in recipe.stages:
+            require_same_start(run, stage, force=force)
         listener.phase(f"loading the {recipe.origin}")
         pipe = load_pipeline(inputs.teacher)
         _make_latents(inputs.caching, pipe, listener)

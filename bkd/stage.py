@@ -16,12 +16,15 @@ from torch import Tensor
 from bkd.data.latent_set import LatentSet
 from bkd.eval.pictures import ValidationPictures
 from bkd.guidance import StudentKind, one_pass_guidance
+from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import merged, trained_tensors, unshared
+from bkd.model_folder import model_digest
 from bkd.models import load_unet, training_dtype
 from bkd.progress import Progress, silent
 from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
+from bkd.recipe.stages import Stage
 from bkd.run_folder import RunFolder
 from bkd.stage_setup import build_method, start_student, student_kind
 from bkd.student_folder import plan_facts, write_student
@@ -210,6 +213,7 @@ class StageRun:
 
     def _write(self, student: UNet2DConditionModel) -> None:
         """The stage's student, and its adapter where it has one."""
+        require_same_start(self._job.run, self._stage, force=self._job.force)
         job, digest = self._job, str(self._job.run.facts()["teacher_digest"])
         output = student_folder(job.run, job.recipe, self._number)
         if self._stage.lora is None:
@@ -223,15 +227,25 @@ class StageRun:
             "teacher_plan": plan_facts(job.teacher),
             "steps": job.recipe.train.max_steps,
         }
-        write_student(output, teacher=job.teacher, unet=stock, plan=self._plan, kind=self._kind, facts=facts)
-        if self._stage.lora is not None:
+        if self._stage.lora is not None:  # first: once the student is there, the stage counts as done
             Adapter(trained, self._stage.lora, self._plan, digest).save(output.parent / ADAPTER_FILE)
+        write_student(output, teacher=job.teacher, unet=stock, plan=self._plan, kind=self._kind, facts=facts)
 
     def _add_seconds(self, seconds: float) -> None:
         """Training time of the stage, over all the calls it took."""
         if self._job.parallel.is_main:
             name = f"stage_{self._number:02d}_seconds"
             self._job.run.record(**{name: round(self._job.run.facts().get(name, 0.0) + seconds, 1)})
+
+
+def require_same_start(run: RunFolder, stage: Stage, *, force: bool) -> None:
+    """Refuse to go on when what `student.path` names has changed: weights that do not train are in no checkpoint.
+
+    Raises:
+        OutputError: If it is another model than when the run began.
+    """
+    if stage.student.path is not None and run.writes:
+        run.require_same("starting_student_digest", model_digest(locate(stage.student.path)), force=force)
 
 
 def student_folder(run: RunFolder, recipe: Recipe, number: int) -> Path:

@@ -31,6 +31,14 @@ from bkd.surgery.unet import plan_removal
 GUIDANCE_DIM = 256
 """Length of an embedded guidance scale; what LCM's released students take."""
 
+NOT_FOR_SAMPLE = (
+    "PNDMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+)
+"""Schedulers of diffusers that do not implement prediction_type `sample`."""
+
 
 def plan_stage(teacher: Path, stage: Stage) -> RemovalPlan:
     """How a stage's student comes from the teacher.
@@ -58,6 +66,7 @@ def plan_stage(teacher: Path, stage: Stage) -> RemovalPlan:
         _require_expressible(teacher, method)
     if stage.student.path is not None:
         _require_prediction_type(_located(stage.student.path), teacher, stage)
+        _require_same_guidance(_located(stage.student.path), teacher, stage)
     if stage.lora is not None:
         require_adaptable(build_empty(config, plan), stage.lora)
     return plan
@@ -77,7 +86,7 @@ def _require_expressible(teacher: Path, method: Guided) -> None:
             allowed="v_prediction from v_prediction, or the teacher's own",
         )
     scheduler = read_json(teacher / "scheduler" / "scheduler_config.json").get("_class_name")
-    if wanted == "sample" and scheduler == "PNDMScheduler":
+    if wanted == "sample" and scheduler in NOT_FOR_SAMPLE:
         raise RecipeError(
             "the teacher's scheduler, which the student is drawn with, does not take this prediction",
             where="stages.0.method.prediction_type",
@@ -100,7 +109,7 @@ def _other_type(method: Guided, teacher: Path) -> PredictionType | None:
 
 
 def _require_teachable(teacher: Path, method: str) -> None:
-    """Guidance cannot be taken out of students that draw guided in one pass, and data would teach them without it."""
+    """Of a teacher that draws guided in one pass, guidance cannot be taken out, and data would teach it without."""
     known = one_pass_guidance(teacher)
     if known is not None and (known.takes_scale or method in ("guided", "finetune")):
         raise ModelError(
@@ -154,6 +163,19 @@ def _require_prediction_type(student: Path, teacher: Path, stage: Stage) -> None
             got=ours,
             allowed=wished or theirs,
             remedy=remedies[stage.method.name],
+        )
+
+
+def _require_same_guidance(student: Path, teacher: Path, stage: Stage) -> None:
+    """What has learnt to draw guided in one pass unlearns it from a teacher that does not, and from data."""
+    known = one_pass_guidance(student)
+    if known is not None and stage.method.name != "guided" and known != one_pass_guidance(teacher):
+        raise RecipeError(
+            "this student draws guided in one pass already, and would unlearn it",
+            where="stages.0.student.path",
+            got=f"guidance_scale {known}; method {stage.method.name}",
+            allowed="method guided",
+            remedy="train it further before guidance is distilled, or with method.name=guided",
         )
 
 

@@ -216,6 +216,28 @@ def test_files_with_block_numbers_of_the_original_layout(family_folders, tmp_pat
         assert (carried[f"unet.{module}.lora_A.weight"] == number).all(), module
 
 
+@pytest.mark.filterwarnings("ignore:.*(lora_bias|invalid shape)")
+def test_biases_of_up_projections_are_scaled_as_these_are(teacher_folder, tiny, tmp_path):
+    pipe = load_pipeline(teacher_folder)
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS, lora_bias=True, init_lora_weights=False)
+    pipe.unet.add_adapter(config)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        weight_name="lora.safetensors",
+        **_collate_lora_metadata({"unet": pipe.unet}),
+    )
+    remap_lora(tmp_path / "lora.safetensors", tiny, lineage(tiny), tmp_path / "tiny.safetensors")
+    before, after = load_file(tmp_path / "lora.safetensors"), load_file(tmp_path / "tiny.safetensors")
+    plan = load_plan(tiny)
+    module = (
+        next(key for key in after if key.endswith("lora_B.bias")).removeprefix("unet.").removesuffix(".lora_B.bias")
+    )
+    for tensor in ("lora_B.bias", "lora_B.weight"):
+        theirs = before[f"unet.{plan.source_of(module)}.{tensor}"]
+        assert theirs.any() and torch.equal(after[f"unet.{module}.{tensor}"], 4 * theirs)
+
+
 def test_a_student_of_a_student_asks_whose_lora_it_is(adapted, teacher_folder, tmp_path, without_reload):
     merged, files = adapted
     first, second = tmp_path / "first", tmp_path / "second"

@@ -164,3 +164,10 @@ def test_cadences_do_not_affect_results():
 
 def test_defaults_are_valid():
     assert parse_recipe({}, source="test") == Recipe()
+
+
+def test_a_key_that_comes_twice_is_an_error(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("train:\n  lr: 1e-4\ntrain:\n  batch: 8\n")
+    with pytest.raises(RecipeError, match=r"(?s)the key 'train' comes twice.*line 3"):
+        load_recipe(str(path))

@@ -100,7 +100,7 @@ class ValidationPictures:
         for part in visitors:
             part.to(self._device)
         try:
-            # The student's weights are float32, and so is the autoencoder, which may overflow in float16.
+            # What trains is float32, and so is the autoencoder, which may overflow in float16.
             with autocast(self._dtype, self._device):
                 return generate(
                     pipe,

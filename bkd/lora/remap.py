@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             got=f"{in_file} adapted modules in the file, {understood} after loading: some names come to the same",
             remedy="save it again with diffusers or peft",
         )
-    scaled = {key: tensor * _scale(key, tensor, alphas or {}, metadata or {}) for key, tensor in found.items()}
+    scaled = {key: tensor * _scale(key, found, alphas or {}, metadata or {}) for key, tensor in found.items()}
     unet = {key: tensor for key, tensor in scaled.items() if key.startswith(f"{UNET}.")}
     text = {key: tensor for key, tensor in scaled.items() if key not in unet}
     return {**convert_unet_state_dict_to_peft(unet), **text}
@@ -164,11 +164,11 @@ def _count_adapters(names: Iterable[str]) -> int:
     return sum(re.search(r"lora_A|(lora|lora_linear_layer)[_.]down", name) is not None for name in names)
 
 
-def _scale(key: str, tensor: Tensor, alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:
-    """alpha / r for an up-projection, 1 for other tensors, and where a file says nothing."""
-    if not key.endswith(("up.weight", "lora_B.weight")):
+def _scale(key: str, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], metadata: Mapping[str, Any]) -> float:
+    """alpha / r for an up-projection and its bias, 1 for other tensors, and where a file says nothing."""
+    if not key.endswith(("up.weight", "lora_B.weight", "lora_B.bias")):
         return 1.0
-    rank = tensor.shape[1]
+    rank = tensors[key.removesuffix("bias") + "weight" if key.endswith("bias") else key].shape[1]
     # kohya's alphas, under the names that diffusers gives them
     for name in (key.replace("up.weight", "down.weight.alpha"), f"{key.split('.lora.')[0]}.alpha"):
         if name in alphas:

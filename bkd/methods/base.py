@@ -111,7 +111,8 @@ class NoisyBatch:
             scale_embeds: (B, E), the embedded guidance scales, where it takes them.
         """
         times = len(conditioning.prompt_embeds) // len(self.timesteps)
-        added = {name: tensor.to(dtype) for name, tensor in conditioning.added.items()}
+        # Sizes in pixels go into sinusoids: bfloat16 would tell a network of 1336 px in place of 1333.
+        added = {name: x if name == "time_ids" else x.to(dtype) for name, x in conditioning.added.items()}
         output: Tensor = unet(
             self.noisy_latents.to(dtype).repeat(times, 1, 1, 1),
             self.timesteps.repeat(times),

@@ -57,7 +57,7 @@ class RemovalPlan:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the student starts as its teacher's copy."""
+        """Whether the student has its teacher's architecture."""
         return not (self.removed or self.added)
 
     def at_size(self, sample_size: int, native: int) -> RemovalPlan:
@@ -67,9 +67,9 @@ class RemovalPlan:
             sample_size: Side of the latents that it is trained on.
             native: Side of those that the teacher was trained on.
         """
-        if sample_size == native:
-            return self
-        return replace(self, overrides={**self.overrides, "sample_size": sample_size})
+        # A plan that was read may still have the size of an earlier training.
+        others = {key: value for key, value in self.overrides.items() if key != "sample_size"}
+        return replace(self, overrides=others if sample_size == native else {**others, "sample_size": sample_size})
 
     def with_guidance_input(self, dim: int) -> RemovalPlan:
         """The same student with an input for the guidance scale, which changes nothing until it is trained.
