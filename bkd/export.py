@@ -69,8 +69,8 @@ def _cast(part: Path, dtype: torch.dtype) -> None:
 def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> OnePassGuidance | None:
     """Write a run's adapters as a file for the model they were trained on: `pipe.load_lora_weights` takes it.
 
-    Every alpha / r is multiplied into its up-projection, so that the file needs no metadata and loads the same
-    everywhere.
+    Every alpha / r is multiplied into its up-projection, and all adapters have one rank: the file needs no metadata,
+    and loads the same everywhere.
 
     Args:
         run: A finished one, of a stage with `lora`.

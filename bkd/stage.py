@@ -213,8 +213,11 @@ class StageRun:
 
     def _write(self, student: UNet2DConditionModel) -> None:
         """The stage's student, and its adapter where it has one."""
-        require_same_start(self._job.run, self._stage, force=self._job.force)
-        job, digest = self._job, str(self._job.run.facts()["teacher_digest"])
+        job, digest = self._job, model_digest(self._job.teacher)
+        # Their folders are read again here, and trainings are long.
+        job.run.require_same("teacher_digest", digest, force=job.force)
+        if self._stage.lora is not None:
+            require_same_start(job.run, self._stage, force=job.force)
         output = student_folder(job.run, job.recipe, self._number)
         if self._stage.lora is None:
             stock = student.to("cpu", memory_format=torch.contiguous_format)

@@ -62,8 +62,8 @@ def plan_stage(teacher: Path, stage: Stage) -> RemovalPlan:
             got=f"method {method.name}",
             remedy="method.name=guided with a range for method.guidance_scale, or a student without that input",
         )
-    if isinstance(method, Guided) and method.prediction_type is not None:
-        _require_expressible(teacher, method)
+    if isinstance(method, Guided) and (method.prediction_type or method.loss.weighting == "truncated-snr"):
+        _require_prediction(teacher, method)
     if stage.student.path is not None:
         _require_prediction_type(_located(stage.student.path), teacher, stage)
         _require_same_guidance(_located(stage.student.path), teacher, stage)
@@ -72,18 +72,18 @@ def plan_stage(teacher: Path, stage: Stage) -> RemovalPlan:
     return plan
 
 
-def _require_expressible(teacher: Path, method: Guided) -> None:
+def _require_prediction(teacher: Path, method: Guided) -> None:
     """Some predictions do not say what others do, and not every scheduler knows all of them."""
-    schedule, wanted = load_noise_schedule(teacher), method.prediction_type
-    assert wanted is not None
+    schedule = load_noise_schedule(teacher)
+    wanted = method.prediction_type or schedule.prediction_type
     timesteps = torch.arange(schedule.num_train_timesteps)
     weights = schedule.predicting(wanted).truncated_snr_weight(timesteps)
     if not all(factors.isfinite().all() for factors in (*schedule.conversion(timesteps, wanted), weights)):
         raise RecipeError(
-            f"at this teacher's noisiest timestep {wanted} and {schedule.prediction_type} do not say the same",
+            f"at this teacher's noisiest timestep {wanted} does not say what the clean latents are",
             where="stages.0.method.prediction_type",
-            got=f"{wanted}, of a schedule without signal at its end",
-            allowed="v_prediction from v_prediction, or the teacher's own",
+            got=f"{wanted} from {schedule.prediction_type}, of a schedule without signal at its end",
+            allowed="v_prediction from v_prediction, or the teacher's own with loss.weighting=none",
         )
     scheduler = read_json(teacher / "scheduler" / "scheduler_config.json").get("_class_name")
     if wanted == "sample" and scheduler in NOT_FOR_SAMPLE:

@@ -211,6 +211,23 @@ def test_adapters_that_peft_would_take_without_a_word(teacher, lora, message):
     assert message in str(refused.value)
 
 
+def test_files_hold_adapters_of_one_rank(pipe, teacher_folder, tmp_path):
+    """Where ranks differ and no alphas are given, diffusers 0.37 scales all adapters by one of the ranks."""
+    from safetensors.torch import save_file
+
+    student = build_student(pipe.unet, plan_removal(pipe.unet.config, "none"))
+    add_adapters(student, Lora(r=8, target_modules=("to_q", "conv_out"), rank_pattern={"conv_out": 2}))
+    shaken(student)
+    tensors = scaled_tensors(student)
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {8}
+    assert {tensor.shape[1] for name, tensor in tensors.items() if "lora_B" in name} == {8}
+    save_file({f"unet.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "l.safetensors")
+    original = load_pipeline(teacher_folder)
+    original.load_lora_weights(str(tmp_path / "l.safetensors"))
+    assert torch.allclose(output(original.unet), output(student), atol=1e-5)
+    assert not torch.allclose(output(student), output(pipe.unet), atol=1e-3)
+
+
 def test_ranks_by_pattern(pipe):
     lora = Lora(r=64, rank_pattern={r"(down_blocks.0|up_blocks.3)..*": 32})
     student, _ = adapted(pipe.unet, "none", lora)

@@ -22,6 +22,7 @@ from bkd.stage import require_same_start
 from bkd.stage_setup import NOT_FOR_SAMPLE
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.unet import plan_removal
+from bkd.training.fit import Fit
 
 
 @pytest.fixture
@@ -104,6 +105,31 @@ def test_a_starting_student_that_changes_is_noticed(folder, tmp_path):
         require_same_start(run, stage, force=False)
     require_same_start(run, stage, force=True)
     require_same_start(run, stage, force=False)
+
+
+def test_a_teacher_that_changes_meanwhile_is_noticed(folder, shards, cache, tmp_path, monkeypatch):
+    """Adapters are merged onto what is read again, and the other parts are copied."""
+    run = Fit.run
+
+    def run_and_change(self, stop):
+        run(self, stop)
+        change(folder, "unet/config.json", _note="another")
+
+    monkeypatch.setattr(Fit, "run", run_and_change)
+    command = ["train", "shapes/sd-small-lora", "--teacher", str(folder), f"data.shards={shards[0].parent}"]
+    command += ["train.batch=4", "train.max_steps=1", "train.warmup_steps=0", "samples.prompts=[]"]
+    monkeypatch.setattr(sys, "argv", ["bkd", *command, "-o", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1 and not (tmp_path / "run" / "student").exists()
+
+
+def test_weights_that_cannot_be_finite_are_refused(folder):
+    change(folder, "scheduler/scheduler_config.json", rescale_betas_zero_snr=True, prediction_type="epsilon")
+    recipe = load_recipe("shapes/guided", ["stages.0.method.loss={weighting: truncated-snr}"])
+    with pytest.raises(RecipeError, match=r"(?s)noisiest timestep epsilon does not say.*weighting=none"):
+        check_stages(recipe, folder)
+    check_stages(load_recipe("shapes/guided", ["stages.0.method.loss={weighting: none}"]), folder)
 
 
 def test_a_run_with_adapters_is_not_done_without_them(shards, cache, tmp_path, monkeypatch):

@@ -46,6 +46,7 @@ def export(
     require_finished(RunFolder(run))  # before imports that take seconds
     prepare()
     from bkd.export import export_lora, export_pipeline
+    from bkd.guidance import one_pass_guidance
     from bkd.models import DTYPES
 
     console.print("checking, writing and reloading …")
@@ -54,8 +55,9 @@ def export(
             RunFolder(run), output, DTYPES[one_of(dtype or "float32", DTYPES, kind="dtype")], overwrite=overwrite
         )
         console.print(f"done: {output} is a stock diffusers pipeline folder")
-        return
-    guidance = export_lora(RunFolder(run), output, overwrite=overwrite)
-    console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(run).recipe().teacher.id}")
-    if guidance is not None:
+        guidance = one_pass_guidance(output)
+    else:
+        guidance = export_lora(RunFolder(run), output, overwrite=overwrite)
+        console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(run).recipe().teacher.id}")
+    if guidance is not None and not guidance.takes_scale:
         console.print(f"it holds guidance_scale {guidance}: call the pipeline with guidance_scale=1.0")

@@ -6,7 +6,7 @@ survives moves and casts of either network. Whatever trains without an adapter i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -164,12 +164,38 @@ def merged(student: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def scaled_tensors(student: nn.Module) -> dict[str, Tensor]:
-    """Adapters as files have them, by module path and `lora_A.weight`, `lora_B.weight`; alpha / r is multiplied in."""
+    """Adapters as files have them, by module path and `lora_A.weight`, `lora_B.weight`; alpha / r is multiplied in.
+
+    All of one rank; see `of_one_rank`.
+    """
     found = {}
     for name, layer in _layers(student).items():
         found[f"{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight.detach()
         found[f"{name}.lora_B.weight"] = layer.lora_B[ADAPTER].weight.detach() * layer.scaling[ADAPTER]
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    return of_one_rank(found)
+
+
+def of_one_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same adapters, with zeros up to the greatest rank among them.
+
+    Where a file has several ranks and no alphas, diffusers 0.37 scales all of them by one.
+
+    Args:
+        tensors: By names that end in `lora_A.weight`, (r, …), and `lora_B.weight`, (out, r, …); others stay.
+    """
+    ends = {"lora_A.weight": 0, "lora_B.weight": 1}
+    axes = {name: axis for name in tensors for end, axis in ends.items() if name.endswith(end)}
+    rank = max((tensors[name].shape[axis] for name, axis in axes.items()), default=0)
+    return {
+        name: (_lengthened(tensor, axes[name], rank) if name in axes else tensor).contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def _lengthened(tensor: Tensor, axis: int, length: int) -> Tensor:
+    missing = list(tensor.shape)
+    missing[axis] = length - missing[axis]
+    return torch.cat([tensor, tensor.new_zeros(missing)], dim=axis)
 
 
 def unshared(student: nn.Module, teacher: nn.Module, plan: RemovalPlan, own: Collection[str] = ()) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from bkd.errors import ModelError, OutputError
 from bkd.files import replace_file
 from bkd.lora.adapter_file import ADAPTER_FILE
+from bkd.lora.adapters import of_one_rank
 from bkd.model_folder import unet_config
 from bkd.output_folder import require_new_file
 from bkd.surgery.build import build_empty
@@ -55,7 +56,8 @@ class Remapped:
 def remap_lora(lora: Path, student: Path, lineage: Lineage, output: Path, *, overwrite: bool = False) -> Remapped:
     """Write a LoRA file for a student, which `pipe.load_lora_weights` takes.
 
-    Every alpha is multiplied into its up-projection, so that the file needs no metadata and loads the same everywhere.
+    Every alpha is multiplied into its up-projection, and the UNet's adapters have one rank: the file needs no metadata,
+    and loads the same everywhere.
 
     Args:
         lora: The teacher's: `.safetensors`, of diffusers, peft or kohya.
@@ -138,7 +140,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     scaled = {key: tensor * _scale(key, found, alphas or {}, metadata or {}) for key, tensor in found.items()}
     unet = {key: tensor for key, tensor in scaled.items() if key.startswith(f"{UNET}.")}
     text = {key: tensor for key, tensor in scaled.items() if key not in unet}
-    return {**convert_unet_state_dict_to_peft(unet), **text}
+    return {**of_one_rank(convert_unet_state_dict_to_peft(unet)), **text}
 
 
 def _tensor_names(path: Path) -> list[str]:
