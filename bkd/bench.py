@@ -18,8 +18,8 @@ from bkd.model_folder import native_resolution
 from bkd.models import describe_device, load_pipeline
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
+from bkd.stage_plan import PlannedStage
 from bkd.stage_setup import build_method
-from bkd.surgery.plan import RemovalPlan
 from bkd.training.checkpoint import Checkpoint, Checkpoints
 from bkd.training.fit import READ_EVERY, Events, Fit
 from bkd.training.journal import StepReport
@@ -107,22 +107,22 @@ class Unsaved(Checkpoints):
 
 
 def bench_train(
-    recipe: Recipe, teacher: Path, plan: RemovalPlan, *, steps: int = READ_EVERY, progress: Progress = silent
+    recipe: Recipe, teacher: Path, planned: PlannedStage, *, steps: int = READ_EVERY, progress: Progress = silent
 ) -> TrainingSpeed:
-    """Time optimizer steps of a recipe's first stage, after as many that warm up.
+    """Time optimizer steps of a stage, after as many that warm up.
 
     Args:
         recipe: As validated.
-        teacher: Pipeline folder.
-        plan: Of the student.
+        teacher: Pipeline folder of the stage's teacher.
+        planned: The stage.
         steps: To measure, at most `READ_EVERY`; they are timed as one stretch.
         progress: Called with (done, total) steps.
     """
     parallel = start_parallel(recipe.train.parallel)
     pipe = load_pipeline(teacher)
-    method = build_method(recipe, 0, plan, pipe, teacher, parallel.device)
+    method = build_method(recipe, planned, pipe, parallel.device)
     train = replace(
-        recipe.train, max_steps=2 * steps, log_every=steps, checkpoint_every=2 * steps, samples_every=0, warmup_steps=0
+        planned.train, max_steps=2 * steps, log_every=steps, checkpoint_every=2 * steps, samples_every=0, warmup_steps=0
     )
     reports: list[StepReport] = []
 

@@ -37,7 +37,7 @@ from bkd.recipe.schema import Recipe, Train
 from bkd.recipe.stages import WHOLE, Finetune, Lora, Stage, Student
 from bkd.rng import StepRng
 from bkd.run import check_stages
-from bkd.stage_setup import assemble, place_networks, plan_stage
+from bkd.stage_setup import assemble, place_networks
 from bkd.surgery.build import build_empty
 from bkd.training.average import Average
 from bkd.training.optimizer import GuardedOptimizer
@@ -113,8 +113,9 @@ def compare_memory(recipe: Recipe, batches: Sequence[int], *, count: bool, phase
 
 def for_one_pass(recipe: Recipe, stage: Stage, batch: int) -> Recipe:
     """The recipe with one stage, and steps of one pass."""
+    own = replace(stage.train, batch=None, grad_accum=None)
     train = replace(recipe.train, batch=batch, grad_accum=1, parallel="auto", compile=False)
-    return replace(recipe, stages=(stage,), train=train)
+    return replace(recipe, stages=(replace(stage, train=own),), train=train)
 
 
 @dataclass(frozen=True)
@@ -179,17 +180,17 @@ def count_memory(recipe: Recipe, teacher: Path) -> dict[str, int]:
         recipe: As `for_one_pass` made it.
         teacher: Pipeline folder; configurations and tokenizers are enough.
     """
-    stage, train = recipe.stages[0], recipe.train
+    planned, pipe = check_stages(recipe, teacher)[0], _empty_pipeline(teacher)
+    train = planned.train
     parallel = Parallel("alone", start_parallel("auto").place, torch.device("cpu"))
-    plan, pipe = plan_stage(teacher, stage), _empty_pipeline(teacher)
-    student, holds_teacher = place_networks(recipe, 0, plan, pipe, torch.device("meta"))
+    student, holds_teacher = place_networks(recipe, planned, pipe, torch.device("meta"))
     samples = SimulatedSamples(pipe, recipe.data.resolution or native_resolution(teacher))
-    real = _drawn(assemble(recipe, 0, plan, pipe, student, teacher), samples, train.batch)
+    real = _drawn(assemble(planned, pipe, student), samples, train.batch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made: dict[int, nn.Parameter] = {}
         for network in (pipe.unet, student, *pipe.encoders):
             as_fake(network, made)
-        method = assemble(recipe, 0, plan, pipe, student, teacher)
+        method = assemble(planned, pipe, student)
         drawn = map_tensors(real, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         parts = _parts(method, pipe, holds_teacher, train, parallel)
         with LiveBytes(parts.weights()) as live:
@@ -244,11 +245,11 @@ def measure_memory(recipe: Recipe) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe) -> Mapping[str, Any]:
-    stage, train = recipe.stages[0], recipe.train
     teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
-    parallel, pipe, plan = start_parallel(train.parallel), load_pipeline(teacher), plan_stage(teacher, stage)
-    student, holds_teacher = place_networks(recipe, 0, plan, pipe, parallel.device)
-    method = assemble(recipe, 0, plan, pipe, student, teacher)
+    planned, pipe = check_stages(recipe, teacher)[0], load_pipeline(teacher)
+    train, parallel = planned.train, start_parallel(recipe.train.parallel)
+    student, holds_teacher = place_networks(recipe, planned, pipe, parallel.device)
+    method = assemble(planned, pipe, student)
     samples = SimulatedSamples(pipe, recipe.data.resolution or native_resolution(teacher))
     drawn = map_tensors(_drawn(method, samples, train.batch), lambda tensor: tensor.to(parallel.device))
     parts = _parts(method, pipe, holds_teacher, train, parallel)

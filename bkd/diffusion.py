@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bkd.prediction_type import PredictionType
+from bkd.terms import PredictionType
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,10 @@ class NoiseSchedule:
             to: The other type.
 
         Returns:
-            Two tensors (B, 1, 1, 1), float32, of float64 arithmetic. Not finite where the prediction does not say what
-            is asked for: an epsilon without signal (alpha = 0), clean latents without noise (sigma = 0).
-
-        Source:
-            x = (z - sigma eps) / alpha = alpha z - sigma v: arXiv:2202.00512, section 4.
+            Two tensors (B, 1, 1, 1), float32, of float64 arithmetic; see `conversion_at`.
         """
         index = timesteps.to("cpu")
-        alpha, sigma = self.alphas[index], self.sigmas[index]
-        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-        factors: dict[tuple[PredictionType, PredictionType], tuple[Tensor, Tensor]] = {
-            ("epsilon", "v_prediction"): (1 / alpha, -sigma / alpha),
-            ("epsilon", "sample"): (-sigma / alpha, 1 / alpha),
-            ("v_prediction", "epsilon"): (alpha, sigma),
-            ("v_prediction", "sample"): (-sigma, alpha),
-            ("sample", "epsilon"): (-alpha / sigma, 1 / sigma),
-            ("sample", "v_prediction"): (-1 / sigma, alpha / sigma),
-        }
-        a, b = factors.get((self.prediction_type, to), (one, zero))
+        a, b = conversion_at(self.alphas[index], self.sigmas[index], self.prediction_type, to)
         return a.float().reshape(-1, 1, 1, 1), b.float().reshape(-1, 1, 1, 1)
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
@@ -110,10 +96,7 @@ class NoiseSchedule:
             of_x: From alpha^2 and sigma^2 to the latter weight times sigma^2, which is finite where the SNR is not.
         """
         index = timesteps.to("cpu")
-        alpha, sigma = self.alphas[index].square(), self.sigmas[index].square()
-        # An error of x is one of eps times sigma / alpha, and one of v times sigma.
-        of_type = {"epsilon": alpha, "v_prediction": torch.ones_like(alpha), "sample": sigma}
-        return torch.nan_to_num(of_x(alpha, sigma) / of_type[self.prediction_type], nan=1.0).float()
+        return error_weight_at(self.alphas[index], self.sigmas[index], self.prediction_type, of_x).float()
 
     def _at(self, timesteps: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor]:
         index = timesteps.to("cpu")
@@ -122,3 +105,49 @@ class NoiseSchedule:
             self.alphas[index].reshape(shape).to(like.device, like.dtype),
             self.sigmas[index].reshape(shape).to(like.device, like.dtype),
         )
+
+
+def conversion_at(alpha: Tensor, sigma: Tensor, given: PredictionType, to: PredictionType) -> tuple[Tensor, Tensor]:
+    """Factors a, b with which a prediction p of one type says the same in another: a p + b z.
+
+    Args:
+        alpha: (B,), of the noisy latents z that the prediction is about.
+        sigma: (B,).
+        given: The type of p.
+        to: The other type.
+
+    Returns:
+        Two tensors (B,). Not finite where the prediction does not say what is asked for: an epsilon without signal
+        (alpha = 0), clean latents without noise (sigma = 0).
+
+    Source:
+        x = (z - sigma eps) / alpha = alpha z - sigma v: arXiv:2202.00512, section 4.
+    """
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    factors: dict[tuple[PredictionType, PredictionType], tuple[Tensor, Tensor]] = {
+        ("epsilon", "v_prediction"): (1 / alpha, -sigma / alpha),
+        ("epsilon", "sample"): (-sigma / alpha, 1 / alpha),
+        ("v_prediction", "epsilon"): (alpha, sigma),
+        ("v_prediction", "sample"): (-sigma, alpha),
+        ("sample", "epsilon"): (-alpha / sigma, 1 / sigma),
+        ("sample", "v_prediction"): (-1 / sigma, alpha / sigma),
+    }
+    return factors.get((given, to), (one, zero))
+
+
+def error_weight_at(
+    alpha: Tensor, sigma: Tensor, predicted: PredictionType, of_x: Callable[[Tensor, Tensor], Tensor] = torch.maximum
+) -> Tensor:
+    """Weight of a prediction's squared error, (B,), from that of the clean latents' error.
+
+    Args:
+        alpha: (B,).
+        sigma: (B,).
+        predicted: The prediction's type.
+        of_x: From alpha^2 and sigma^2 to the latter weight times sigma^2, which is finite where the SNR is not. The
+            maximum is truncated SNR, max(SNR, 1) on the clean latents' error: arXiv:2202.00512, section 4.
+    """
+    alpha, sigma = alpha.square(), sigma.square()
+    # An error of x is one of eps times sigma / alpha, and one of v times sigma.
+    of_type = {"epsilon": alpha, "v_prediction": torch.ones_like(alpha), "sample": sigma}
+    return torch.nan_to_num(of_x(alpha, sigma) / of_type[predicted], nan=1.0)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bkd.errors import ModelError
+from bkd.few_steps import FewSteps
 from bkd.model_folder import read_json, unet_config
-from bkd.prediction_type import PredictionType
 from bkd.surgery.plan import PLAN_FILE
+from bkd.terms import PredictionType
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,20 @@ class StudentKind:
     Attributes:
         guidance: What it has learnt of guidance; None where it is guided by two passes.
         prediction_type: What it predicts, where that is something else.
+        few_steps: What it was halved to; None where it takes as many steps as one likes.
     """
 
     guidance: OnePassGuidance | None = None
     prediction_type: PredictionType | None = None
+    few_steps: FewSteps | None = None
 
     def pipeline_scale(self, asked: float, model: object) -> float:
         """See `OnePassGuidance.pipeline_scale`."""
         return asked if self.guidance is None else self.guidance.pipeline_scale(asked, model)
+
+    def steps(self, asked: int) -> int:
+        """Denoising steps: its own number where it has one."""
+        return self.few_steps.num_inference_steps if self.few_steps else asked
 
 
 def one_pass_guidance(folder: Path) -> OnePassGuidance | None:

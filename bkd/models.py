@@ -13,8 +13,10 @@ from torch import nn
 
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import ModelError, one_of
+from bkd.few_steps import few_steps
 from bkd.model_folder import is_inpainting, is_sdxl, parts_of, read_json, unet_config
-from bkd.prediction_type import PredictionType
+from bkd.schedulers import drawing_scheduler
+from bkd.terms import PredictionType
 from bkd.unet_weights import check_unet_weights
 
 LONGEST_PROMPT = 100_000
@@ -61,6 +63,7 @@ def load_pipeline(
         kind, options = StableDiffusionXLPipeline, {"add_watermarker": False}
     options |= dict.fromkeys(set(without) & set(parts_of(folder)))
     pipe = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, **options).to(device)
+    pipe.scheduler = drawing_scheduler(pipe.scheduler, few_steps(folder))
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()

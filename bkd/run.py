@@ -21,15 +21,15 @@ from bkd.errors import ModelError, RecipeError
 from bkd.files import cache_folder
 from bkd.locate import locate
 from bkd.lora.adapters import add_adapters, trained_tensors
+from bkd.model_facts import model_facts
 from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config, vae_factor
 from bkd.models import best_device, describe_device, load_noise_schedule, load_pipeline
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder, is_trained
 from bkd.stage import Job, Listener, StageRun, require_same_start, student_folder
-from bkd.stage_setup import plan_stage, student_kind
+from bkd.stage_plan import PlannedStage, plan_stages
 from bkd.surgery.build import build_empty
-from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.sites import check_pairs
 from bkd.training.checkpoint import newest_shapes, require_fitting
 from bkd.training.fit import require_enough
@@ -51,17 +51,17 @@ class Inputs:
 
     Attributes:
         teacher: Its pipeline folder.
-        plans: One for each stage.
+        stages: What each of them makes.
         caching: The images and captions.
     """
 
     teacher: Path
-    plans: tuple[RemovalPlan, ...]
+    stages: tuple[PlannedStage, ...]
     caching: Caching
 
 
-def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
-    """The teacher's folder and the plan of each stage, with everything about them that can be wrong found.
+def check_teacher(recipe: Recipe) -> tuple[Path, tuple[PlannedStage, ...]]:
+    """The teacher's folder and what each stage makes, with everything about them that can be wrong found.
 
     Raises:
         BkdError: If the teacher, a plan, its sites, the precision or the batch do not fit.
@@ -76,12 +76,13 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[RemovalPlan, ...]]:
             remedy="train.mixed_precision=no",
         )
     require_trackers(recipe.train.trackers)
-    share(recipe.train.batch, parts=recipe.train.grad_accum * process_place().world_size, part=0)
+    for train in map(recipe.train_of, range(len(recipe.stages))):
+        share(train.batch, parts=train.grad_accum * process_place().world_size, part=0)
     return teacher, check_stages(recipe, teacher)
 
 
-def check_stages(recipe: Recipe, teacher: Path) -> tuple[RemovalPlan, ...]:
-    """The plan of each stage; only configurations are read.
+def check_stages(recipe: Recipe, teacher: Path) -> tuple[PlannedStage, ...]:
+    """What each stage makes; only configurations are read.
 
     Args:
         recipe: As validated.
@@ -91,15 +92,14 @@ def check_stages(recipe: Recipe, teacher: Path) -> tuple[RemovalPlan, ...]:
         BkdError: If the teacher, a plan, its sites or the resolution do not fit.
     """
     _check_trainable(recipe, teacher)
-    config = unet_config(teacher)
     side = training_resolution(recipe, teacher) // vae_factor(teacher)
-    plans = tuple(plan_stage(teacher, stage).at_size(side, config["sample_size"]) for stage in recipe.stages)
-    for stage, plan in zip(recipe.stages, plans, strict=True):
+    stages = plan_stages(recipe, model_facts(teacher, recipe.teacher.id), side)
+    for planned in stages:
         if recipe.samples.prompts:
-            student_kind(stage, teacher).pipeline_scale(recipe.samples.guidance_scale, "samples.guidance_scale")
-        if (sites := stage.method.compared) is not None:
-            check_pairs(config, plan, plan.feature_pairs[sites])
-    return plans
+            planned.kind.pipeline_scale(recipe.samples.guidance_scale, "samples.guidance_scale")
+        if (sites := planned.stage.method.compared) is not None:
+            check_pairs(planned.teacher.unet, planned.plan, planned.plan.feature_pairs[sites])
+    return stages
 
 
 def training_resolution(recipe: Recipe, teacher: Path) -> int:
@@ -140,7 +140,7 @@ def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
     Raises:
         BkdError: If the teacher, a plan, the shards or the resolution do not fit.
     """
-    teacher, plans = check_teacher(recipe)
+    teacher, stages = check_teacher(recipe)
     wish = DataWish(
         CaptionSource.parse(recipe.data.caption),
         parse_filters(recipe.data.filters),
@@ -156,28 +156,26 @@ def check_inputs(recipe: Recipe, progress: Progress = silent) -> Inputs:
         progress=progress,
     )
     if caching.num_samples is not None:
-        require_enough(caching.num_samples, recipe.train.batch, recipe.data.shards)
-    return Inputs(teacher, plans, caching)
+        require_enough(caching.num_samples, max(each.train.batch for each in stages), recipe.data.shards)
+    return Inputs(teacher, stages, caching)
 
 
-def check_forced(path: Path, recipe: Recipe, inputs: Inputs) -> None:
+def check_forced(path: Path, inputs: Inputs) -> None:
     """Of a run that is forced to go on: its weights must fit the students, before anything in its folder changes.
 
     Args:
         path: The run folder, which need not exist.
-        recipe: As validated.
         inputs: As `check_inputs` returned them.
 
     Raises:
         TrainingError: If a checkpoint is of another student.
     """
-    config = unet_config(inputs.teacher)
-    for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
-        folder, all_train = RunFolder(path).checkpoints(number), stage.method.reaches_all
+    for planned in inputs.stages:
+        folder, all_train = RunFolder(path).checkpoints(planned.number), planned.stage.method.reaches_all
         if theirs := newest_shapes(folder):
-            student = build_empty(config, plan)
-            if stage.lora is not None:
-                add_adapters(student, stage.lora)
+            student = build_empty(dict(planned.teacher.unet), planned.plan)
+            if planned.stage.lora is not None:
+                add_adapters(student, planned.stage.lora)
             parameters = trained_tensors(student).items()
             ours = {name: tuple(p.shape) for name, p in parameters if all_train or name in theirs}
             require_fitting(theirs, ours, folder)
@@ -224,11 +222,14 @@ def run_recipe(
         run.require_same("data_fingerprint", data.fingerprint, force=force)
         parallel = start_parallel(recipe.train.parallel)
         _record_facts(recipe, run, data, parallel)
-        job = Job(recipe, run, inputs.teacher, data, parallel, listener, stop, force)
-        for number, plan in enumerate(inputs.plans):
-            if not parallel.agree(is_trained(student_folder(run, recipe, number), recipe.train.max_steps)):
-                StageRun(job, number, plan, pipe).train()
-            run.record(replaced_samples=dict(data.replaced))
+        job = Job(recipe, run, data, parallel, listener, stop, force)
+        teacher = inputs.teacher
+        for planned in inputs.stages:
+            folder = student_folder(run, recipe, planned.number)
+            if not parallel.agree(is_trained(folder, planned.train.max_steps)):
+                StageRun(job, planned, teacher, pipe or load_pipeline(teacher)).train()
+                run.record(replaced_samples=dict(data.replaced))
+            pipe, teacher = None, folder  # the stage's student teaches the next
 
 
 @contextmanager

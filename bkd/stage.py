@@ -14,8 +14,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from bkd.data.latent_set import LatentSet
+from bkd.errors import OutputError
 from bkd.eval.pictures import ValidationPictures
-from bkd.guidance import StudentKind, one_pass_guidance
 from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import merged, trained_tensors, unshared
@@ -26,9 +26,9 @@ from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
 from bkd.recipe.stages import Stage
 from bkd.run_folder import RunFolder
-from bkd.stage_setup import build_method, start_student, student_kind
+from bkd.stage_plan import PlannedStage
+from bkd.stage_setup import build_method, start_student
 from bkd.student_folder import plan_facts, write_student
-from bkd.surgery.plan import RemovalPlan
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events, Fit
 from bkd.training.journal import StepReport
@@ -61,7 +61,6 @@ class Job:
     Attributes:
         recipe: As validated.
         run: The run folder.
-        teacher: The teacher's pipeline folder.
         data: Cached samples.
         parallel: This process among the others.
         listener: Told what happens, on the main process.
@@ -71,7 +70,6 @@ class Job:
 
     recipe: Recipe
     run: RunFolder
-    teacher: Path
     data: LatentSet
     parallel: Parallel
     listener: Listener
@@ -84,38 +82,38 @@ class StageRun:
 
     Args:
         job: What it has in common with the others.
-        number: Of the stage, from 0.
-        plan: How its student comes from the teacher.
-        pipe: The teacher, frozen, in float32 on the CPU.
+        planned: The stage.
+        teacher: The teacher's pipeline folder.
+        pipe: The same loaded, frozen, in float32 on the CPU.
     """
 
-    def __init__(self, job: Job, number: int, plan: RemovalPlan, pipe: StableDiffusionPipeline) -> None:
-        self._job, self._number, self._plan, self._pipe = job, number, plan, pipe
+    def __init__(self, job: Job, planned: PlannedStage, teacher: Path, pipe: StableDiffusionPipeline) -> None:
+        self._job, self._planned, self._teacher, self._pipe = job, planned, teacher, pipe
+        self._number, self._stage, self._plan = planned.number, planned.stage, planned.plan
+        self._digest = model_digest(teacher) if job.parallel.is_main else ""
         self._device = job.parallel.device
         self._dtype = training_dtype(job.recipe.train.mixed_precision)
-        self._stage = job.recipe.stages[number]
-        self._kind = student_kind(self._stage, job.teacher)
-        theirs = StudentKind(one_pass_guidance(job.teacher))
         self._pictures = ValidationPictures(
-            job.recipe.origin, pipe, job.recipe.samples, self._dtype, self._device, self._kind, theirs
+            job.recipe.origin, pipe, job.recipe.samples, self._dtype, self._device, planned.kind, planned.teacher.kind
         )
         self._metrics = MetricsLog(job.run.metrics)
 
     def train(self) -> None:
         """To the last step, and leave a student folder."""
         job = self._job
-        job.listener.phase(f"training {self._stage.student.described} on {job.parallel}")
+        of_stages = f"stage {self._number + 1} of {len(job.recipe.stages)}: " if len(job.recipe.stages) > 1 else ""
+        job.listener.phase(f"{of_stages}training {self._planned.title} on {job.parallel}")
         if job.parallel.is_main and (job.parallel.kind == "fsdp2" or self._stage.method.name == "finetune"):
             # In shards it could draw only with all processes together, and what is fine-tuned is no longer the same.
             self._pictures.draw_teacher()
-        method = build_method(job.recipe, self._number, self._plan, self._pipe, job.teacher, self._device)
+        method = build_method(job.recipe, self._planned, self._pipe, self._device)
         self._student, self._adapted = method.trainable, tuple(trained_tensors(method.trainable))
         started = time.monotonic()
         with Trackers(job.recipe.train.trackers, self._tracked()) as self._trackers:
             fit = Fit(
                 method,
                 job.data,
-                job.recipe.train,
+                self._planned.train,
                 checkpoints=self._checkpoints(),
                 parallel=job.parallel,
                 seed=job.recipe.seed,
@@ -138,7 +136,7 @@ class StageRun:
         job = self._job
         identity = {
             "plan": hashlib.sha256(self._plan.to_json().encode()).hexdigest(),
-            "teacher": job.run.facts()["teacher_digest"] if job.parallel.is_main else "",
+            "teacher": self._digest,
             "data": job.data.fingerprint,
         }
         return Checkpoints(
@@ -164,10 +162,10 @@ class StageRun:
         if not self._job.parallel.is_main:
             return
         self._job.listener.step(report)
-        if report.step == 1 and self._kind.prediction_type:
+        if report.step == 1 and (predicts := self._planned.kind.prediction_type):
             self._job.listener.phase(
-                f"the student predicts {self._kind.prediction_type} and its teacher does not: loss {report.total:.4g} "
-                "before the first update"
+                f"the student predicts {predicts} and its teacher does not: loss {report.total:.4g} before the first "
+                "update"
             )
         every = self._job.recipe.train.log_every
         if report.trouble or report.step % every == 0 or report.step in (1, report.max_steps):
@@ -186,7 +184,7 @@ class StageRun:
 
     def _rebuilt(self, trained: Mapping[str, Tensor]) -> UNet2DConditionModel:
         """The student as it started, on the CPU, with what has trained since."""
-        student = start_student(load_unet(self._job.teacher), self._plan, self._stage, self._job.recipe.seed)
+        student = start_student(load_unet(self._teacher), self._plan, self._stage, self._job.recipe.seed)
         with torch.no_grad():
             for name, tensor in trained.items():
                 student.get_parameter(name).copy_(tensor)
@@ -213,9 +211,8 @@ class StageRun:
 
     def _write(self, student: UNet2DConditionModel) -> None:
         """The stage's student, and its adapter where it has one."""
-        job, digest = self._job, model_digest(self._job.teacher)
-        # Their folders are read again here, and trainings are long.
-        job.run.require_same("teacher_digest", digest, force=job.force)
+        job = self._job
+        self._require_same_teacher()
         if self._stage.lora is not None:
             require_same_start(job.run, self._stage, force=job.force)
         output = student_folder(job.run, job.recipe, self._number)
@@ -225,14 +222,25 @@ class StageRun:
             trained = {name: student.get_parameter(name).detach().cpu() for name in self._adapted}
             stock = merged(self._rebuilt(trained))  # onto the teacher's weights as they are stored
         facts = {
-            "teacher": job.recipe.teacher.id,
-            "teacher_digest": digest,
-            "teacher_plan": plan_facts(job.teacher),
-            "steps": job.recipe.train.max_steps,
+            "teacher": job.recipe.teacher.id if self._number == 0 else student_name(job.recipe, self._number - 1),
+            "teacher_digest": self._digest,
+            "teacher_plan": plan_facts(self._teacher),
+            "steps": self._planned.train.max_steps,
         }
         if self._stage.lora is not None:  # first: once the student is there, the stage counts as done
-            Adapter(trained, self._stage.lora, self._plan, digest).save(output.parent / ADAPTER_FILE)
-        write_student(output, teacher=job.teacher, unet=stock, plan=self._plan, kind=self._kind, facts=facts)
+            Adapter(trained, self._stage.lora, self._plan, self._digest).save(output.parent / ADAPTER_FILE)
+        write_student(output, teacher=self._teacher, unet=stock, plan=self._plan, kind=self._planned.kind, facts=facts)
+
+    def _require_same_teacher(self) -> None:
+        """Its folder is read again when the student is written, and trainings are long."""
+        if (now := model_digest(self._teacher)) != self._digest and not self._job.force:
+            raise OutputError(
+                "the teacher's folder has changed since its training began",
+                where=self._teacher,
+                got=now,
+                allowed=self._digest,
+                remedy="restore it and give the same command; --force goes on all the same",
+            )
 
     def _add_seconds(self, seconds: float) -> None:
         """Training time of the stage, over all the calls it took."""
@@ -255,4 +263,9 @@ def student_folder(run: RunFolder, recipe: Recipe, number: int) -> Path:
     """Where a stage's student goes: the last one's is the run's."""
     if number == len(recipe.stages) - 1:
         return run.student
-    return run.path / "stages" / f"{number:02d}-{recipe.stages[number].method.name}" / "student"
+    return run.path / student_name(recipe, number)
+
+
+def student_name(recipe: Recipe, number: int) -> str:
+    """Of the folder of an earlier stage's student, inside the run."""
+    return f"stages/{number:02d}-{recipe.stages[number].method.name}/student"

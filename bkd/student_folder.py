@@ -16,6 +16,7 @@ from bkd.errors import OutputError
 from bkd.guidance import StudentKind
 from bkd.model_folder import parts_of, read_json, weight_files
 from bkd.proof import check_reload, probe_output
+from bkd.schedulers import student_scheduler
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx"}
@@ -98,14 +99,26 @@ def write_student(
     Raises:
         ModelError: If the reloaded student computes something else.
     """
-    known = {"guidance": kind.guidance.facts() if kind.guidance else None}
+    known = {
+        "guidance": kind.guidance.facts() if kind.guidance else None,
+        "few_steps": kind.few_steps.facts() if kind.few_steps else None,
+    }
     with new_student_folder(folder, teacher=teacher, plan=plan, facts={**facts, **known}) as unfinished:
-        if kind.prediction_type is not None:
-            scheduler = unfinished / "scheduler" / "scheduler_config.json"
-            settings = {**read_json(scheduler), "prediction_type": kind.prediction_type}
-            scheduler.write_text(json.dumps(settings, indent=2) + "\n")
+        _write_scheduler(unfinished, kind)
         unet.save_pretrained(unfinished / "unet", safe_serialization=True)
         check_reload(unfinished, probe_output(unet))
+
+
+def _write_scheduler(folder: Path, kind: StudentKind) -> None:
+    """What a stock pipeline draws with, in place of the teacher's."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    theirs = read_json(file)
+    ours = student_scheduler(theirs, kind)
+    if ours != theirs:
+        file.write_text(json.dumps(ours, indent=2) + "\n")
+        index = read_json(folder / "model_index.json")
+        index["scheduler"] = ["diffusers", ours["_class_name"]]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def load_as_float32(part: Path) -> None:

@@ -13,12 +13,25 @@ FILES = sorted((ROOT / "bkd").rglob("*.py"))
 
 LAYERS = [
     {"bkd", "errors", "environment", "files", "progress"},
-    {"prediction_type", "live_bytes", "diffusion", "losses", "hooks", "rng", "surgery", "cost"},
-    {"model_folder", "guidance", "unet_weights", "models", "locate", "single_file", "data", "recipe"},
+    {"terms", "live_bytes", "diffusion", "grid", "halving", "losses", "hooks", "rng", "surgery", "cost"},
+    {
+        "model_folder",
+        "guidance",
+        "few_steps",
+        "unet_weights",
+        "models",
+        "sampling",
+        "schedulers",
+        "model_facts",
+        "locate",
+        "single_file",
+        "data",
+        "recipe",
+    },
     {"methods", "proof", "calibration", "caching"},
     {"run_folder", "run_lock", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
     {"training", "eval", "pregenerate"},
-    {"stage_setup", "stage", "run", "bench", "bench_memory", "export"},
+    {"stage_plan", "stage_setup", "stage", "run", "bench", "bench_memory", "export"},
     {"report"},
     {"cli", "__main__"},
 ]

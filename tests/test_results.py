@@ -19,8 +19,9 @@ import results_page as page
 import results_runs as runs
 
 from bkd.locate import locate
+from bkd.model_facts import model_facts
 from bkd.recipe.load import load_recipe
-from bkd.stage_setup import plan_stage
+from bkd.stage_plan import plan_stage
 from bkd.surgery.presets import PRESETS
 
 WEIGHTS = dict.fromkeys(runs.FEATURES, 1.0)
@@ -120,7 +121,7 @@ def test_each_way_through_adapters_is_there_with_every_seed_and_fits():
     assert len(set(files)) == len(files)
     for way in guided.WAYS:
         stage = load_recipe(way.recipe, list(way.overrides(1e-3))).stages[0]
-        plan_stage(locate("shapes"), stage)
+        plan_stage(model_facts(locate("shapes")), stage)
         assert (stage.lora is None) is (way.rank is None) and (stage.lora is None or stage.lora.r == way.rank)
         assert stage.method.name == ("guided" if way.student == guided.WHOLE else "kd")
         assert getattr(stage.method, "takes_scale", False) is way.told

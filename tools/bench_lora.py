@@ -22,7 +22,8 @@ from bkd.locate import locate
 from bkd.model_folder import native_resolution
 from bkd.models import load_pipeline
 from bkd.recipe.load import load_recipe
-from bkd.stage_setup import build_method, plan_stage
+from bkd.run import check_stages
+from bkd.stage_setup import build_method
 from bkd.training.fit import Fit
 from bkd.training.parallel import start_parallel
 
@@ -43,7 +44,7 @@ class Step:
         parsed = load_recipe(recipe, [*overrides, "data.shards=simulated", "train.max_steps=1000000"])
         teacher = locate(parsed.teacher.id)
         pipe, parallel = load_pipeline(teacher), start_parallel("auto")
-        method = build_method(parsed, 0, plan_stage(teacher, parsed.stages[0]), pipe, teacher, parallel.device)
+        method = build_method(parsed, check_stages(parsed, teacher)[0], pipe, parallel.device)
         samples = SimulatedSamples(pipe, native_resolution(teacher))
         self._fit = Fit(method, samples, parsed.train, checkpoints=Unsaved(), parallel=parallel, seed=0)
         stack.enter_context(method.watching())

@@ -33,9 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bkd.bench import NUM_SAMPLES, SimulatedSamples, Unsaved, peak_bytes
 from bkd.eval.pictures import with_unet
 from bkd.locate import locate
+from bkd.model_facts import model_facts
 from bkd.models import best_device, load_pipeline, training_dtype
 from bkd.recipe.schema import Recipe, Train
 from bkd.recipe.stages import Kd, Loss, Stage, Student
+from bkd.stage_plan import plan_stages
 from bkd.stage_setup import build_method
 from bkd.surgery.build import build_student
 from bkd.surgery.unet import plan_removal
@@ -109,8 +111,9 @@ class Ours:
     ) -> None:
         pipe = load_teacher(setting.model)
         recipe, parallel = recipe_of(setting, loss, **keys), start_parallel("auto")
-        plan = plan_removal(pipe.unet.config, setting.blocks)
-        method = build_method(recipe, 0, plan, pipe, locate("shapes"), parallel.device)
+        teacher = replace(model_facts(locate("shapes")), unet=dict(pipe.unet.config))
+        planned = plan_stages(recipe, teacher, side=pipe.unet.config.sample_size)[0]
+        method = build_method(recipe, planned, pipe, parallel.device)
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
         samples = SimulatedSamples(pipe, side, num_samples)
         self.fit = Fit(method, samples, recipe.train, checkpoints=Unsaved(), parallel=parallel, seed=0)

@@ -38,7 +38,7 @@ from bkd.model_folder import model_digest
 from bkd.models import load_pipeline
 from bkd.recipe.load import load_recipe
 from bkd.run import check_inputs
-from bkd.stage_setup import build_method, student_kind
+from bkd.stage_setup import build_method
 from bkd.training.fit import Events, Fit
 from bkd.training.journal import StepReport
 from bkd.training.parallel import start_parallel
@@ -132,8 +132,8 @@ def perform(training: Training) -> float:
     inputs = check_inputs(recipe)
     pipe = load_pipeline(inputs.teacher)
     ensure_latents(inputs.caching, lambda: pipe)
-    parallel, kind = start_parallel("auto"), student_kind(recipe.stages[0], inputs.teacher)
-    method = build_method(recipe, 0, inputs.plans[0], pipe, inputs.teacher, parallel.device)
+    parallel, planned = start_parallel("auto"), inputs.stages[0]
+    method = build_method(recipe, planned, pipe, parallel.device)
     if training.random_init:
         torch.manual_seed(training.seed)
         method.trainable.load_state_dict(type(pipe.unet).from_config(method.trainable.config).state_dict())
@@ -145,7 +145,7 @@ def perform(training: Training) -> float:
 
     def save(step: int, unet: nn.Module) -> None:
         for scale in training.scales(step):
-            save_drawn(training.drawn(step, scale), pipe, unet, scale, training.splits, kind, losses)
+            save_drawn(training.drawn(step, scale), pipe, unet, scale, training.splits, planned.kind, losses)
 
     def on_samples(step: int) -> None:
         if step in training.points:
@@ -184,7 +184,7 @@ def save_drawn(
     losses: Mapping[str, list[float]],
 ) -> None:
     """Write the images of all prompts, and the losses of the steps before."""
-    texts, drawer = prompts(splits), with_unet(pipe, unet.eval(), kind.prediction_type)
+    texts, drawer = prompts(splits), with_unet(pipe, unet.eval(), kind)
     drawing = Drawing(NUM_INFERENCE_STEPS, kind.pipeline_scale(scale, path))
     images = torch.stack([image for _, image in draw(drawer, texts, range(len(texts)), drawing)])
     arrays = {name: np.array(values, np.float32) for name, values in losses.items()}

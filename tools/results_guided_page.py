@@ -33,7 +33,8 @@ from bkd.files import replace_file, write_atomically
 from bkd.locate import locate
 from bkd.models import load_pipeline
 from bkd.recipe.load import load_recipe
-from bkd.stage_setup import plan_stage, start_student
+from bkd.run import check_stages
+from bkd.stage_setup import start_student
 
 STYLES = ("#000000", "#D55E00", "#E69F00", "#0072B2")  # of CAPACITIES; Okabe & Ito's, which the colour-blind tell apart
 
@@ -106,8 +107,8 @@ def gap(full: Mapping[int, Drawn], other: Mapping[int, Drawn]) -> str:
 def trained(way: Way) -> str:
     """How many parameters train, and their share of the student's."""
     recipe, teacher = load_recipe(way.recipe, list(way.overrides(rate=1.0))), locate("shapes")
-    plan = plan_stage(teacher, recipe.stages[0])
-    student = start_student(load_pipeline(teacher).unet, plan, recipe.stages[0], seed=0)
+    planned = check_stages(recipe, teacher)[0]
+    student = start_student(load_pipeline(teacher).unet, planned.plan, planned.stage, seed=0)
     counts = {kept: sum(p.numel() for p in student.parameters() if p.requires_grad is kept) for kept in (True, False)}
     base = counts[False] or counts[True]  # adapters are no part of the student that they end up in
     return f"{counts[True]:,} ({counts[True] / base:.0%})"

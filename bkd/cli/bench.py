@@ -28,10 +28,10 @@ def train_(
     from bkd.models import best_device
     from bkd.run import check_teacher
 
-    teacher, plans = check_teacher(parsed)
+    teacher, stages = check_teacher(parsed)
     with progress_view() as view:
         view.phase(f"{2 * steps} steps of {parsed.train.batch} images")
-        speed = bench_train(parsed, teacher, plans[0], steps=steps, progress=view.update)
+        speed = bench_train(parsed, teacher, stages[0], steps=steps, progress=view.update)
     hours = speed.seconds * parsed.train.max_steps / 3600
     console.print(f"device: {speed.device}")
     console.print(f"{speed.images_per_second:,.2f} images/s, {speed.seconds:,.3f} s a step")
@@ -40,7 +40,7 @@ def train_(
     )
     whose = "on the device" if best_device().type == "cuda" else "of the process"
     console.print(f"peak memory {whose}: {gib(speed.peak_bytes)} GiB")
-    show_advice(recipe, parsed, estimated(parsed, 0, teacher, plans[0]))
+    show_advice(recipe, stages[0], estimated(stages[0]))
 
 
 @bench.command("speed")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bkd.cli.console import console, table
 
 if TYPE_CHECKING:
-    from bkd.recipe.schema import Recipe
+    from bkd.recipe.schema import Recipe, Train
     from bkd.run import Inputs
-    from bkd.surgery.plan import RemovalPlan
+    from bkd.stage_plan import PlannedStage
     from bkd.training.estimate import TrainingMemory
 
 
@@ -22,53 +22,58 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
         recipe: As validated.
         inputs: As checked.
     """
-    for number, (stage, plan) in enumerate(zip(recipe.stages, inputs.plans, strict=True)):
-        memory = estimated(recipe, number, inputs.teacher, plan)
+    console.print(f"data: {_counted_samples(inputs.caching.num_samples)}")
+    for planned in inputs.stages:
+        memory = estimated(planned)
         size = f"{memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters"
-        adapters = f", and {memory.trained:,} that train" if stage.lora is not None else ""
-        console.print(f"{stage.student.described}: {size}{adapters}")
+        adapters = f", and {memory.trained:,} that train" if planned.stage.lora is not None else ""
+        if len(recipe.stages) > 1:
+            console.print(f"\nstage {planned.number + 1} of {len(recipe.stages)}")
+        console.print(f"{planned.title}: {size}{adapters}")
         rows = [[part, gib(size)] for part, size in memory.parts().items()]
         console.print("memory of a step's tensors; `bkd bench train` measures it with all that comes on top:")
         console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))
-        _show_work(recipe, inputs.caching.num_samples)
-        kept = recipe.train.keep_checkpoints + 1  # one more while the next is written
+        _show_work(planned.train, inputs.caching.num_samples)
+        kept = planned.train.keep_checkpoints + 1  # one more while the next is written
         console.print(
             f"disk: {kept} checkpoints of {gib(memory.checkpoint)} GiB, student {gib(memory.student_file)} GiB + the "
             "teacher's other parts"
         )
-        show_advice(name, recipe, memory)
+        show_advice(name, planned, memory)
 
 
-def _show_work(recipe: Recipe, num_samples: int | None) -> None:
-    train = recipe.train
+def _counted_samples(num_samples: int | None) -> str:
+    return "remote shards, not counted" if num_samples is None else f"{num_samples:,} samples"
+
+
+def _show_work(train: Train, num_samples: int | None) -> None:
     images = train.max_steps * train.batch
-    epochs = "remote shards, not counted" if num_samples is None else f"{num_samples:,} samples"
     rounds = "" if not num_samples else f", {images / num_samples:,.2f} epochs"
-    console.print(f"data: {epochs}")
     console.print(
         f"{train.max_steps:,} steps of {train.batch} images: {train.max_steps * train.grad_accum:,} passes of "
         f"{train.batch // train.grad_accum}, {images:,} images{rounds}"
     )
 
 
-def show_advice(name: str, recipe: Recipe, memory: TrainingMemory) -> None:
+def show_advice(name: str, planned: PlannedStage, memory: TrainingMemory) -> None:
     """What looks wrong, a line each."""
     from bkd.models import best_device
     from bkd.recipe.load import written_train
     from bkd.training.estimate import advice
 
-    for line in advice(recipe.train, written_train(name), memory, best_device()):
-        console.print(f"note: {line}")
+    written = replace(written_train(name), **planned.stage.train.given())
+    stage = f"stages.{planned.number}: " if planned.number else ""
+    for line in advice(planned.train, written, memory, best_device()):
+        console.print(f"note: {stage}{line}")
 
 
-def estimated(recipe: Recipe, number: int, teacher: Path, plan: RemovalPlan) -> TrainingMemory:
+def estimated(planned: PlannedStage) -> TrainingMemory:
     """What a stage takes, with as many processes as there are now."""
     from bkd.environment import process_place
-    from bkd.model_folder import unet_config
     from bkd.training.estimate import training_memory
 
     world = process_place().world_size
-    return training_memory(unet_config(teacher), plan, recipe.train, recipe.stages[number], world)
+    return training_memory(planned.teacher.unet, planned.plan, planned.train, planned.stage, world)
 
 
 def gib(size: int) -> str:

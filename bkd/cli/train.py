@@ -109,9 +109,10 @@ def _train_in(
     run = RunFolder(folder, writes=False)
     with ExitStack() as held:
         if process_place().rank == 0:
-            show_advice(name, recipe, estimated(recipe, 0, inputs.teacher, inputs.plans[0]))
+            for planned in inputs.stages:
+                show_advice(name, planned, estimated(planned))
             if force and not overwrite:
-                check_forced(folder, recipe, inputs)
+                check_forced(folder, inputs)
             run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)
             held.enter_context(hold_run(folder))
             run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))

@@ -78,8 +78,10 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
 
 def _untrained(name: str, run: RunFolder, teacher: Path, student: Path) -> list[Named]:
     """What a run started from, where that is not its teacher itself."""
-    start = run.recipe().stages[0].student.path
-    if start is not None:
+    stages = run.recipe().stages
+    if len(stages) > 1:  # the student is not what the last of them made of the run's teacher
+        return []
+    if (start := stages[0].student.path) is not None:
         return [Named(name, locate(start))]
     return [] if load_plan(student).changes_nothing else [Named(name, teacher, pruned_like=student)]
 

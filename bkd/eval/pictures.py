@@ -14,8 +14,8 @@ from torch import Tensor
 from bkd.eval.generate import generate
 from bkd.guidance import StudentKind
 from bkd.models import autocast
-from bkd.prediction_type import PredictionType
 from bkd.recipe.schema import Samples
+from bkd.schedulers import scheduler_of
 
 MIN_TILE = 128
 """Small images are enlarged, by whole factors and without smoothing, to at least this side."""
@@ -25,21 +25,21 @@ LINE = 14
 
 
 def with_unet(
-    pipe: StableDiffusionPipeline, unet: UNet2DConditionModel, prediction_type: PredictionType | None = None
+    pipe: StableDiffusionPipeline, unet: UNet2DConditionModel, kind: StudentKind | None = None
 ) -> StableDiffusionPipeline:
     """The same pipeline with another UNet; nothing is copied.
 
     Args:
         pipe: Stays as it is.
         unet: The other one.
-        prediction_type: Of the other one, where it differs.
+        kind: How the other one is used, where that differs.
     """
     settings = {name: pipe.config[name] for name in PIPELINE_SETTINGS if name in pipe.config}
     if isinstance(pipe, StableDiffusionXLPipeline):
         settings["add_watermarker"] = False
     parts = {**pipe.components, "unet": unet}
-    if prediction_type is not None:
-        parts["scheduler"] = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction_type)
+    if kind is not None:
+        parts["scheduler"] = scheduler_of(pipe.scheduler, kind)
     size = unet.config.sample_size
     other: StableDiffusionPipeline = type(pipe)(**parts, **settings)
     unet.register_to_config(sample_size=size)  # diffusers takes small ones of early configurations for mistakes
@@ -76,25 +76,27 @@ class ValidationPictures:
 
     def draw_teacher(self) -> None:
         """Now, rather than at the first picture."""
-        if self._teacher is None and self._samples.prompts:
-            scale = self._teacher_kind.pipeline_scale(self._samples.guidance_scale, self._origin)
-            self._teacher = self._draw(self._pipe, scale)
+        if self._teacher is None and self._drawn:
+            self._teacher = self._draw(self._pipe, self._teacher_kind, self._origin)
 
     def save(self, path: Path, student: UNet2DConditionModel) -> None:
-        """Write one picture, where there are prompts."""
-        if not self._samples.prompts:
+        """Write one picture, where there are prompts, and the student does not encode."""
+        if not self._drawn:
             return
         self.draw_teacher()
         assert self._teacher is not None
-        scale = self._kind.pipeline_scale(self._samples.guidance_scale, "samples")
-        drawn = {
-            self._origin: self._teacher,
-            "student": self._draw(with_unet(self._pipe, student, self._kind.prediction_type), scale),
-        }
+        ours = self._draw(with_unet(self._pipe, student, self._kind), self._kind, "student")
+        drawn = {self._origin: self._teacher, "student": ours}
         path.parent.mkdir(parents=True, exist_ok=True)
         side_by_side(drawn, self._samples.prompts).save(path)
 
-    def _draw(self, pipe: StableDiffusionPipeline, guidance_scale: float) -> Tensor:
+    @property
+    def _drawn(self) -> bool:
+        few = self._kind.few_steps
+        return bool(self._samples.prompts) and (few is None or few.direction == "generation")
+
+    def _draw(self, pipe: StableDiffusionPipeline, kind: StudentKind, name: str) -> Tensor:
+        asked = self._samples
         parts = (pipe.vae, pipe.unet, pipe.text_encoder, getattr(pipe, "text_encoder_2", None))
         visitors = [part for part in parts if part is not None and part.device.type != self._device.type]
         for part in visitors:
@@ -104,9 +106,9 @@ class ValidationPictures:
             with autocast(self._dtype, self._device):
                 return generate(
                     pipe,
-                    self._samples.prompts,
-                    num_inference_steps=self._samples.num_inference_steps,
-                    guidance_scale=guidance_scale,
+                    asked.prompts,
+                    num_inference_steps=kind.steps(asked.num_inference_steps),
+                    guidance_scale=kind.pipeline_scale(asked.guidance_scale, name),
                 )
         finally:
             for part in visitors:

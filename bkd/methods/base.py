@@ -111,23 +111,47 @@ class NoisyBatch:
             scale_embeds: (B, E), the embedded guidance scales, where it takes them.
         """
         times = len(conditioning.prompt_embeds) // len(self.timesteps)
-        # Sizes in pixels go into sinusoids: bfloat16 would tell a network of 1336 px in place of 1333.
-        added = {name: x if name == "time_ids" else x.to(dtype) for name, x in conditioning.added.items()}
-        output: Tensor = unet(
-            self.noisy_latents.to(dtype).repeat(times, 1, 1, 1),
-            self.timesteps.repeat(times),
-            conditioning.prompt_embeds.to(dtype),
-            timestep_cond=None if scale_embeds is None else scale_embeds.to(dtype),
-            added_cond_kwargs=added or None,
-            return_dict=False,
-        )[0]
-        return output
+        latents, timesteps = self.noisy_latents.repeat(times, 1, 1, 1), self.timesteps.repeat(times)
+        return predict(unet, latents, timesteps, conditioning, dtype, scale_embeds)
+
+
+def predict(
+    unet: Callable[..., Any],
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    dtype: torch.dtype,
+    scale_embeds: Tensor | None = None,
+) -> Tensor:
+    """A UNet's output, of the shape of the latents.
+
+    Args:
+        unet: A UNet2DConditionModel, or what is called in its place.
+        latents: (B, C, H, W).
+        timesteps: (B,), int64.
+        conditioning: Of B samples.
+        dtype: Of its floating-point inputs.
+        scale_embeds: (B, E), the embedded guidance scales, where it takes them.
+    """
+    # Sizes in pixels go into sinusoids: bfloat16 would tell a network of 1336 px in place of 1333.
+    added = {name: x if name == "time_ids" else x.to(dtype) for name, x in conditioning.added.items()}
+    output: Tensor = unet(
+        latents.to(dtype),
+        timesteps,
+        conditioning.prompt_embeds.to(dtype),
+        timestep_cond=None if scale_embeds is None else scale_embeds.to(dtype),
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+    return output
 
 
 def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
-    """A dataclass with a function applied to every tensor in it, at any depth."""
+    """A dataclass, or a tuple, with a function applied to every tensor in it, at any depth."""
     if isinstance(value, Tensor):
         return function(value)  # type: ignore[return-value]
+    if isinstance(value, tuple):
+        return tuple(map_tensors(item, function) for item in value)  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
@@ -156,12 +180,9 @@ class Diffusion:
 
     def draw(self, batch: CachedBatch, rng: StepRng) -> NoisyBatch:
         """Sample latents, captions, timesteps and noise for a batch, on the CPU."""
-        mean, std = batch.moments.chunk(2, dim=1)
-        shape = mean.shape[1:]
-        latents = (mean + std * rng.normal("posterior", shape)) * self.scaling_factor
-        noise = rng.normal("noise", shape)
+        latents, noise = self.draw_latents(batch, rng)
         timesteps = rng.integers("timestep", self.schedule.num_train_timesteps)
-        dropped = rng.uniform("prompt_dropout") < self.prompt_dropout
+        dropped = self.draw_dropped(rng)
         captions, weights = batch.captions, None
         if self.min_snr_gamma:
             weights = self.schedule.min_snr_weight(timesteps, self.min_snr_gamma)
@@ -180,6 +201,17 @@ class Diffusion:
             sizes=batch.sizes,
             task_weights=weights,
         )
+
+    def draw_latents(self, batch: CachedBatch, rng: StepRng) -> tuple[Tensor, Tensor]:
+        """Latents of a batch's images, and noise for them, both (B, C, h, w)."""
+        mean, std = batch.moments.chunk(2, dim=1)
+        shape = mean.shape[1:]
+        latents = (mean + std * rng.normal("posterior", shape)) * self.scaling_factor
+        return latents, rng.normal("noise", shape)
+
+    def draw_dropped(self, rng: StepRng) -> Tensor:
+        """(B,), bool: which captions give way to the empty prompt."""
+        return rng.uniform("prompt_dropout") < self.prompt_dropout
 
     def _swap_probability(self, timesteps: Tensor) -> Tensor:
         """p(t) = exp(-5 (1 - t/T)): random conditioning, Kim et al., CVPR 2025."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from bkd.errors import suggest
 from bkd.recipe.schema import Recipe
-from bkd.recipe.stages import Finetune, Guided, Kd
+from bkd.recipe.stages import Finetune, Guided, Halving, Kd
 
 EXPECTED = {
     "int_type": "a whole number",
@@ -22,7 +22,7 @@ EXPECTED = {
     "dict_type": "a mapping of keys",
     "union_tag_not_found": "a mapping of keys",
 }
-METHODS = {kind.name: kind for kind in (Kd, Guided, Finetune)}
+METHODS = {kind.name: kind for kind in (Kd, Guided, Halving, Finetune)}
 SCALE = "guidance_scale"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from yaml.constructor import ConstructorError
 
-from bkd.data.captions import CaptionSource
-from bkd.data.filters import parse_filter
 from bkd.data.remote import shown
-from bkd.environment import shards_networks
-from bkd.errors import DataError, RecipeError, suggest
+from bkd.errors import RecipeError, suggest
+from bkd.recipe.conflicts import conflicts
 from bkd.recipe.explain import explain
 from bkd.recipe.schema import FREE_KEYS, RANGES, Recipe, Train
-from bkd.recipe.stages import Guided, Kd, Stage
 from bkd.surgery.presets import PRESET_NAMES, is_unknown_name, split_list
 
 REQUIRED = "???"
@@ -144,12 +142,12 @@ def parse_recipe(raw: Mapping[str, Any], *, source: str, problems: Sequence[str]
     found += _required_problems(raw)
     found += _range_problems(raw)
     if recipe is not None:
-        found += _conflicts(recipe)
+        found += conflicts(recipe)
     if found or recipe is None:
         found = list(dict.fromkeys(found))
         count = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
         raise RecipeError("\n".join([count, *(f"  {line}" for line in found)]), where=source)
-    return recipe
+    return replace(recipe, stages=tuple(each for stage in recipe.stages for each in stage.expanded()))
 
 
 def written_train(name: str) -> Train:
@@ -166,13 +164,20 @@ def dump_recipe(recipe: Recipe) -> str:
 def _plain(recipe: Recipe) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(TypeAdapter(Recipe).dump_json(recipe))
     plain["data"]["shards"] = shown(recipe.data.shards)
+    for stage, written in zip(recipe.stages, plain["stages"], strict=True):
+        written["train"] = stage.train.given()
     return plain
 
 
 def result_keys(recipe: Recipe) -> dict[str, Any]:
     """Flat `key: value` of everything that affects the trained weights."""
     flat = _flatten(_plain(recipe))
-    return {key: value for key, value in flat.items() if not any(_inside(key, free) for free in FREE_KEYS)}
+    return {key: value for key, value in flat.items() if not any(_inside(_unnumbered(key), k) for k in FREE_KEYS)}
+
+
+def _unnumbered(key: str) -> str:
+    """A key without positions in lists."""
+    return re.sub(r"\.\d+(?=\.|$)", "", key)
 
 
 def _inside(key: str, parent: str) -> bool:
@@ -233,7 +238,7 @@ def _range_problems(raw: Mapping[str, Any]) -> list[str]:
     """Numbers out of range and unknown presets, found even where other keys are of the wrong type."""
     problems = []
     for key, value in _flatten(raw).items():
-        name = re.sub(r"\.\d+(?=\.|$)", "", key)  # without positions in lists
+        name = _unnumbered(key)
         if name in RANGES and isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = RANGES[name]
             if not low <= value <= high:
@@ -243,87 +248,4 @@ def _range_problems(raw: Mapping[str, Any]) -> list[str]:
                 near = suggest(word, PRESET_NAMES)
                 known = ", ".join(PRESET_NAMES)
                 problems.append(f"{key}: unknown preset '{word}'{near} (allowed: {known}, or units of `bkd inspect`)")
-    return problems
-
-
-def _data_problems(recipe: Recipe) -> list[str]:
-    """Captions and filters that cannot be read."""
-    problems = []
-    try:
-        CaptionSource.parse(recipe.data.caption)
-    except DataError as error:
-        problems.append(f"data.caption: should be {error.allowed} (got {error.got})")
-    for field, text in recipe.data.filters.items():
-        try:
-            parse_filter(field, text)
-        except DataError as error:
-            problems.append(f"data.filters.{field}: {error.what} (got {text!r}; allowed: {error.allowed})")
-    return problems
-
-
-def _sharding_problems(recipe: Recipe) -> list[str]:
-    problems = []
-    if recipe.train.mixed_precision == "fp16":
-        problems.append("train.mixed_precision: fp16 scales losses, which shards cannot do; use bf16")
-    if recipe.train.optimizer == "adamw-8bit":
-        problems.append("train.optimizer: adamw-8bit does not know shards; use adamw")
-    return problems
-
-
-def stage_conflicts(stage: Stage, recipe: Recipe) -> Iterator[str]:
-    """Of one stage; problems begin with the key's name in it."""
-    method, student = stage.method, stage.student
-    if student.path is not None and student.blocks is not None:
-        yield "student: give either blocks or path"
-    if not (method.reaches_all or method.compared):
-        yield "method.loss: at least one weight should not be 0"
-    if isinstance(method, Kd) and method.random_conditioning and recipe.train.batch < 2:
-        yield "method.random_conditioning: a batch of 1 has no other captions"
-    if isinstance(method, Guided):
-        yield from _guidance_problems(method, recipe)
-    for pattern, rank in (stage.lora.rank_pattern if stage.lora is not None else {}).items():
-        if rank < 1:
-            yield f"lora.rank_pattern: a rank is 1 or more (got {pattern}: {rank})"
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            yield f"lora.rank_pattern: {pattern!r} is no regular expression: {error}"
-    if stage.lora is not None and stage.lora.share_base:
-        if student.path is not None:
-            yield (
-                "lora.share_base: the weights of student.path are not the teacher's; set it to false, or give "
-                "student.blocks"
-            )
-        if shards_networks(recipe.train.parallel):
-            yield (
-                "lora.share_base: shards of the networks would be no longer shared; use train.parallel=ddp, or "
-                "lora.share_base=false"
-            )
-
-
-def _guidance_problems(method: Guided, recipe: Recipe) -> Iterator[str]:
-    low, high = method.scales
-    if method.takes_scale and low >= high:
-        yield f"method.guidance_scale: a range goes up (got [{low:g}, {high:g}]); one scale is written as a number"
-    elif low >= 1 and recipe.samples.prompts and not low <= recipe.samples.guidance_scale <= high:
-        allowed = f"{low:g} to {high:g}" if method.takes_scale else f"{low:g}"
-        yield (
-            f"method.guidance_scale: samples.guidance_scale={recipe.samples.guidance_scale:g} is not one that the "
-            f"student learns (allowed: {allowed})"
-        )
-
-
-def _conflicts(recipe: Recipe) -> list[str]:
-    """Values that are fine by themselves and not together."""
-    problems = _data_problems(recipe)
-    if len(recipe.stages) != 1:
-        problems.append(f"stages: should have exactly one stage (got {len(recipe.stages)})")
-    for index, stage in enumerate(recipe.stages):
-        problems += [f"stages.{index}.{problem}" for problem in stage_conflicts(stage, recipe)]
-    if shards_networks(recipe.train.parallel):
-        problems += _sharding_problems(recipe)
-    if recipe.train.grad_accum > 0 and recipe.train.batch % recipe.train.grad_accum:
-        problems.append(
-            f"train.batch: {recipe.train.batch} images cannot be split into {recipe.train.grad_accum} passes"
-        )
     return problems

@@ -6,12 +6,12 @@ A recipe file says only what differs from these defaults. Cadences (`*_every`) c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from bkd.recipe.stages import FORBID_UNKNOWN, Stage
+from bkd.recipe.stages import FORBID_UNKNOWN, LrSchedule, Stage, StageTrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Train:
     grad_accum: int = 1
     optimizer: Literal["adamw", "adamw-8bit", "sgd"] = "adamw"
     lr: float = 5e-5
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    lr_schedule: LrSchedule = "constant"
     warmup_steps: int = 0
     max_steps: int = 1000
     weight_decay: float = 0.01
@@ -136,7 +136,7 @@ class Recipe:
 
     Attributes:
         seed: Of data order, noise, timesteps and dropout.
-        stages: What is trained, in order; one for now.
+        stages: What is trained, in order; the teacher of each but the first is the student of the one before.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
@@ -146,6 +146,10 @@ class Recipe:
     train: Train = field(default_factory=Train)
     stages: tuple[Stage, ...] = (Stage(),)
     samples: Samples = field(default_factory=Samples)
+
+    def train_of(self, number: int) -> Train:
+        """How stage `number` is trained."""
+        return replace(self.train, **self.stages[number].train.given())
 
     @property
     def origin(self) -> str:
@@ -178,6 +182,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "stages.method.loss.min_snr_gamma": (0, 1e6),
     "stages.method.min_snr_gamma": (0, 1e6),
     "stages.method.guidance_scale": (1, 1000),
+    "stages.method.num_inference_steps": (1, 1000),
     "stages.lora.r": (1, 1e6),
     "stages.lora.lora_alpha": (1e-6, 1e6),
     "stages.lora.lora_dropout": (0, 0.999),
@@ -186,12 +191,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "samples.guidance_scale": (1, 100),
 }
 """Allowed ranges, ends included, of the numeric keys; list positions are left out."""
+RANGES |= {f"stages.train.{f.name}": RANGES[key] for f in fields(StageTrain) if (key := f"train.{f.name}") in RANGES}
 
 FREE_KEYS = (
     "data.cache_dir",
     "data.remote_cache_gib",
     "train.grad_accum",
-    "stages.0.method.joint_teacher_passes",
+    "stages.train.grad_accum",
+    "stages.method.joint_teacher_passes",
     "train.compile",
     "train.channels_last",
     "train.gradient_checkpointing",
@@ -204,4 +211,5 @@ FREE_KEYS = (
     "train.samples_every",
     "samples",
 )
-"""Keys that may change between two calls of the same run: they do not affect the trained weights."""
+"""Keys that may change between two calls of the same run, list positions left out: they do not affect the trained
+weights."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Tag
 
-from bkd.prediction_type import PredictionType
 from bkd.surgery.plan import Sites
+from bkd.terms import Direction, PredictionType, Sampler
 
 FORBID_UNKNOWN = ConfigDict(extra="forbid")
 WHOLE = "none"
 """The preset that removes nothing."""
 Balancing = Literal["none", "teacher-power"]
+LrSchedule = Literal["constant", "cosine", "linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +181,57 @@ class Finetune:
     reaches_all: ClassVar[bool] = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """One step in place of two of the teacher's, and again, until few are left (arXiv:2202.00512, arXiv:2210.03142).
+
+    Attributes:
+        num_inference_steps: `[N, M]`: of the teacher, and of the student in the end. Each halving between them is a
+            stage of its own, with a student of its own, which teaches the next.
+        sampler: `deterministic`: DDIM. `stochastic`: after the last halving the student also learns double steps from
+            all M points, and is sampled with M steps of which each goes two ahead and, with fresh noise, one back.
+        direction: `generation`, or `inversion`: from an image to the noise that it would be drawn from.
+        prediction_type: Of the student, where it is to be another than the teacher's.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    name: Literal["halving"] = "halving"
+    num_inference_steps: tuple[int, int] = (32, 4)
+    sampler: Sampler = "deterministic"
+    direction: Direction = "generation"
+    prediction_type: PredictionType | None = None
+    min_snr_gamma: ClassVar[float] = 0.0
+    compared: ClassVar[None] = None
+    reaches_all: ClassVar[bool] = True
+
+    @property
+    def halves(self) -> bool:
+        """Whether the number of steps can be reached: M is N / 2, N / 4 and so on, or N for a sampler that changes."""
+        teacher, student = self.num_inference_steps
+        ratio, rest = divmod(teacher, student)
+        least = 1 if self.sampler == "stochastic" else 2
+        return not rest and ratio >= least and ratio & (ratio - 1) == 0
+
+    def expanded(self) -> tuple[Halving, ...]:
+        """One for each halving; a stochastic sampler is learnt after the last."""
+        teacher, student = self.num_inference_steps
+        plain = replace(self, sampler="deterministic")
+        counts = [teacher >> k for k in range((teacher // student).bit_length())]
+        stages = tuple(replace(plain, num_inference_steps=pair) for pair in pairwise(counts))
+        if self.sampler == "stochastic":
+            stages += (replace(self, num_inference_steps=(student, student)),)
+        return stages
+
+
 def _name(method: Any) -> Any:
     return str(method.get("name", "kd")) if isinstance(method, dict) else getattr(method, "name", None)
 
 
 Method = Annotated[
-    Annotated[Kd, Tag("kd")] | Annotated[Guided, Tag("guided")] | Annotated[Finetune, Tag("finetune")],
+    Annotated[Kd, Tag("kd")]
+    | Annotated[Guided, Tag("guided")]
+    | Annotated[Halving, Tag("halving")]
+    | Annotated[Finetune, Tag("finetune")],
     Discriminator(_name),
 ]
 """What a student learns; `name` says which."""
@@ -215,16 +262,58 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageTrain:
+    """What a stage has its own of; the recipe's `train` says the rest, and explains each.
+
+    Attributes:
+        batch: As in `train`, and so are the others.
+        grad_accum: See there.
+        lr: See there.
+        lr_schedule: See there; it begins anew with the stage.
+        warmup_steps: See there.
+        max_steps: See there; of each halving, where a stage stands for several.
+        ema: See there.
+        prompt_dropout: See there.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
+    batch: int | None = None
+    grad_accum: int | None = None
+    lr: float | None = None
+    lr_schedule: LrSchedule | None = None
+    warmup_steps: int | None = None
+    max_steps: int | None = None
+    ema: float | None = None
+    prompt_dropout: float | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What the stage says itself."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of a recipe, which ends in a usable student.
+    """One step of a recipe, which ends in a usable student; the next stage's teacher is this one.
 
     Attributes:
         student: The network.
         method: What it learns.
         lora: Adapters to train in place of the network's own weights.
+        train: Where it is trained otherwise than the recipe's other stages.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
     student: Student = field(default_factory=Student)
     method: Method = field(default_factory=Kd)
     lora: Lora | None = None
+    train: StageTrain = field(default_factory=StageTrain)
+
+    def expanded(self) -> tuple[Stage, ...]:
+        """The stages that it stands for: several, where the number of steps is halved more than once.
+
+        What the first removes of the network is gone for those after it.
+        """
+        if not isinstance(self.method, Halving):
+            return (self,)
+        first, *others = (replace(self, method=method) for method in self.method.expanded())
+        return first, *(replace(stage, student=Student()) for stage in others)

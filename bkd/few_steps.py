@@ -1,0 +1,69 @@
+"""Students of few steps: how many, with which sampler, in which direction; and how a pipeline is to be called."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bkd.errors import ModelError
+from bkd.model_folder import read_json
+from bkd.surgery.plan import PLAN_FILE
+from bkd.terms import Direction, Sampler
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """What a student was halved to.
+
+    Attributes:
+        num_inference_steps: It knows the noise levels of so many.
+        sampler: With which it takes so many. A stock pipeline takes half as many, deterministic ones, with a student
+            for the stochastic sampler.
+        direction: `inversion` for one that encodes.
+    """
+
+    num_inference_steps: int
+    sampler: Sampler = "deterministic"
+    direction: Direction = "generation"
+
+    def __str__(self) -> str:
+        words = [self.sampler] * (self.sampler == "stochastic") + ["inversion"] * (self.direction == "inversion")
+        plural = "s" * (self.num_inference_steps != 1)
+        return f"{self.num_inference_steps} step{plural}" + (f" ({', '.join(words)})" if words else "")
+
+    def facts(self) -> dict[str, Any]:
+        """For a plan file."""
+        return asdict(self)
+
+    @property
+    def stock_steps(self) -> int:
+        """How many a stock pipeline takes, with the scheduler of the student's folder."""
+        return self.num_inference_steps // 2 if self.sampler == "stochastic" else self.num_inference_steps
+
+    def require_drawing(self, model: object) -> None:
+        """Refuse a student that encodes.
+
+        Raises:
+            ModelError: If it does not draw.
+        """
+        if self.direction == "inversion":
+            raise ModelError(
+                "this student encodes images, and does not draw", where=model, remedy="bkd edit IMAGE --encoder"
+            )
+
+
+def few_steps(folder: Path) -> FewSteps | None:
+    """What a student's folder says of its steps; None for models that take as many as one likes.
+
+    Raises:
+        ModelError: If its plan file cannot be read.
+    """
+    facts = read_json(folder / PLAN_FILE).get("few_steps") if (folder / PLAN_FILE).is_file() else None
+    return FewSteps(**facts) if isinstance(facts, dict) else None
+
+
+def steps_of(folder: Path, asked: int) -> int:
+    """Denoising steps that a model takes: its own number where it has one, else what was asked for."""
+    known = few_steps(folder)
+    return known.num_inference_steps if known else asked

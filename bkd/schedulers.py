@@ -1,0 +1,102 @@
+"""Which scheduler draws with a student: the stock one that its folder names, and that of `bkd` where stock has none.
+
+Every field is written out: a teacher's own, such as PNDM's `set_alpha_to_one` and `steps_offset`, would change the
+trajectory that the student was trained for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+
+from bkd.few_steps import FewSteps
+from bkd.guidance import StudentKind
+from bkd.sampling import StochasticScheduler
+
+TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""What of a scheduler's configuration the noise schedule consists of."""
+ODE_SCHEDULERS = (
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Those whose models follow the differential equation that DDIM solves: only noise levels matter, and they have them.
+Others, such as those of consistency models, say that the model's steps mean something else."""
+
+
+def student_scheduler(teacher: Mapping[str, Any], kind: StudentKind) -> dict[str, Any]:
+    """The configuration that is written into a student's folder.
+
+    Args:
+        teacher: The teacher's.
+        kind: How the student is used.
+    """
+    changed = {"prediction_type": kind.prediction_type} if kind.prediction_type else {}
+    known: dict[str, Any] = {**teacher, **changed}
+    if kind.few_steps is not None:
+        known = json.loads(stock_scheduler(known, kind.few_steps).to_json_string())
+    return known
+
+
+def stock_scheduler(known: Mapping[str, Any], few: FewSteps) -> SchedulerMixin:
+    """The stock scheduler that takes `few.stock_steps` steps exactly as they were trained.
+
+    DDIM's step goes to t - T // N, which is the next point of the grid where N divides T only. A first-order
+    DPM-Solver++ is the same rotation and goes to the next point whatever N is; but at zero terminal SNR, where it takes
+    the square of alpha for 2^-24, it is right to 5e-4 only.
+
+    Args:
+        known: A scheduler's configuration.
+        few: Number of steps, and direction.
+    """
+    trained = {name: known[name] for name in TRAINED if known.get(name) is not None}
+    trained |= {"prediction_type": known.get("prediction_type", "epsilon"), "timestep_spacing": "trailing"}
+    steps, timesteps = few.stock_steps, int(known.get("num_train_timesteps", 1000))
+    ddim = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, **trained}
+    if few.direction == "inversion":
+        return DDIMInverseScheduler(**ddim)
+    if timesteps % steps == 0:
+        return DDIMScheduler(thresholding=False, **ddim)
+    return DPMSolverMultistepScheduler(
+        solver_order=1,
+        algorithm_type="dpmsolver++",
+        final_sigmas_type="zero",
+        thresholding=False,
+        use_karras_sigmas=False,
+        steps_offset=0,
+        lambda_min_clipped=-1e9,  # the default is -Infinity, which is no JSON
+        **trained,
+    )
+
+
+def scheduler_of(teacher: SchedulerMixin, kind: StudentKind) -> SchedulerMixin:
+    """What a student is drawn with, made from its teacher's scheduler, which stays as it is."""
+    config: dict[str, Any] = dict(teacher.config)
+    if kind.prediction_type is not None:
+        config["prediction_type"] = kind.prediction_type
+    if kind.few_steps is None:
+        return type(teacher).from_config(config)
+    return drawing_scheduler(stock_scheduler(config, kind.few_steps), kind.few_steps)
+
+
+def drawing_scheduler(stock: SchedulerMixin, few: FewSteps | None) -> SchedulerMixin:
+    """What a student is drawn with: its folder's scheduler, or the stochastic sampler on the same noise levels."""
+    if few is None or few.sampler == "deterministic":
+        return stock
+    return StochasticScheduler.from_config(stock.config)
