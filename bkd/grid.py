@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,9 +53,9 @@ class Grid:
 
 def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> Tensor:
     """(N,), int64, descending: as diffusers' schedulers space them with `timestep_spacing="trailing"`."""
-    spacing = num_train_timesteps / num_inference_steps
-    points = torch.arange(num_train_timesteps, 0, -spacing, dtype=torch.float64)
-    return points.round().long() - 1  # half to even, like NumPy's
+    # NumPy's, like theirs: torch.arange adds up otherwise, and rounds other points up.
+    points = np.arange(num_train_timesteps, 0, -num_train_timesteps / num_inference_steps)
+    return torch.from_numpy(points.round().astype(np.int64)) - 1
 
 
 def is_grid(num_train_timesteps: int, num_inference_steps: int) -> bool:

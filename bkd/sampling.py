@@ -97,7 +97,8 @@ class GridScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         alpha, sigma = self._grid.alphas[[start]], self._grid.sigmas[[start]]
         cos, sin = rotation(alpha, sigma, self._grid.alphas[end], self._grid.sigmas[end])
         of_p, of_z = conversion_at(alpha, sigma, self._schedule.prediction_type, "v_prediction")
-        moved = (cos + sin * of_z).item() * sample.float() + (sin * of_p).item() * model_output.float()
+        precise = torch.promote_types(sample.dtype, torch.float32)
+        moved = (cos + sin * of_z).item() * sample.to(precise) + (sin * of_p).item() * model_output.to(precise)
         return moved.to(sample.dtype)
 
     def __len__(self) -> int:
