@@ -41,15 +41,27 @@ class FewSteps:
         """How many a stock pipeline takes, with the scheduler of the student's folder."""
         return self.num_inference_steps // 2 if self.sampler == "stochastic" else self.num_inference_steps
 
-    def require_drawing(self, model: object) -> None:
-        """Refuse a student that encodes.
+    def require(self, asked: int | None, model: object) -> None:
+        """Refuse to draw with a student that encodes, or in a number of steps that it has not learnt.
+
+        Args:
+            asked: Number of steps; None for its own.
+            model: Its name, for errors.
 
         Raises:
-            ModelError: If it does not draw.
+            ModelError: If that is asked for.
         """
         if self.direction == "inversion":
             raise ModelError(
                 "this student encodes images, and does not draw", where=model, remedy="bkd edit IMAGE --encoder"
+            )
+        if asked not in (None, self.num_inference_steps):
+            raise ModelError(
+                "this student knows the noise levels of another number of steps",
+                where=model,
+                got=f"{asked} steps",
+                allowed=str(self),
+                remedy=f"num_inference_steps {self.num_inference_steps}, or the student of an earlier halving",
             )
 
 
@@ -63,7 +75,20 @@ def few_steps(folder: Path) -> FewSteps | None:
     return FewSteps(**facts) if isinstance(facts, dict) else None
 
 
-def steps_of(folder: Path, asked: int) -> int:
-    """Denoising steps that a model takes: its own number where it has one, else what was asked for."""
+def require_steps(folder: Path, asked: int, model: object) -> None:
+    """Refuse to draw with a model in a number of steps that it has not learnt; see `FewSteps.require`."""
+    if (known := few_steps(folder)) is not None:
+        known.require(asked, model)
+
+
+def steps_of(folder: Path, asked: int, model: object) -> int:
+    """Denoising steps that a model draws with: its own number where it has one, else what was asked for.
+
+    Raises:
+        ModelError: If it does not draw.
+    """
     known = few_steps(folder)
-    return known.num_inference_steps if known else asked
+    if known is None:
+        return asked
+    known.require(None, model)
+    return known.num_inference_steps

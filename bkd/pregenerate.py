@@ -18,6 +18,7 @@ from bkd.data.output_set import ALONE, OutputSet, open_output_set
 from bkd.data.shards import NewSample, Record, to_record
 from bkd.environment import Place
 from bkd.eval.generate import MAX_BATCH, generate
+from bkd.few_steps import require_steps
 from bkd.files import cache_folder
 from bkd.guidance import pipeline_scale
 from bkd.locate import locate
@@ -84,6 +85,7 @@ def generate_shards(
     }
     # A teacher that does not draw is refused before anything is made.
     pipeline_scale(teacher, drawing.guidance_scale, teacher)
+    require_steps(teacher, drawing.num_inference_steps, teacher)
     pipe = load_pipeline(teacher, device=best_device())
     num_shards = -(-len(prompts) // drawing.per_shard)
     output = open_output_set(folder, "generate", num_shards, settings, place=place, overwrite=overwrite)

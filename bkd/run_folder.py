@@ -176,7 +176,7 @@ def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False, force: bool
         _start(run, recipe)  # stopped before the first checkpoint: nothing to continue, nothing to lose
         return run, "new"
     _require_same_recipe(run, recipe, force=force)
-    finished = run.facts().get("status") == "done" and is_trained(run.student, recipe.train.max_steps)
+    finished = run.facts().get("status") == "done" and is_trained(run.student, recipe.last_train.max_steps)
     return run, "done" if finished else "continue"
 
 
@@ -228,11 +228,15 @@ def _start(run: RunFolder, recipe: Recipe) -> None:
 def _require_same_recipe(run: RunFolder, recipe: Recipe, *, force: bool) -> None:
     written = run.recipe()
     before, now = result_keys(written), result_keys(recipe)
-    grows, constant = recipe.train.max_steps > written.train.max_steps, recipe.train.lr_schedule == "constant"
-    if grows and constant:
-        before["train.max_steps"] = now["train.max_steps"]  # more of the same; other schedules depend on the end
+    *earlier, last = _steps(recipe)
+    *earlier_written, last_written = _steps(written)
+    grows = last > last_written and earlier == earlier_written
+    constant = recipe.last_train.lr_schedule == "constant"
+    if grows and constant:  # more of the same; other schedules depend on the end
+        for key in ("train.max_steps", f"stages.{len(earlier)}.train.max_steps"):
+            before.pop(key, None), now.pop(key, None)
     changed = _differences(before, now)
-    finished = is_trained(run.student, written.train.max_steps)
+    finished = is_trained(run.student, written.last_train.max_steps)
     why = "; only runs with a constant schedule may grow" if grows and not constant else ""
     if changed and finished:
         raise OutputError(
@@ -249,6 +253,11 @@ def _require_same_recipe(run: RunFolder, recipe: Recipe, *, force: bool) -> None
             remedy="choose another -o; --overwrite starts again, --force continues with the new settings",
         )
     write_atomically(run.recipe_file, dump_recipe(recipe))
+
+
+def _steps(recipe: Recipe) -> list[int]:
+    """Of each stage."""
+    return [recipe.train_of(number).max_steps for number in range(len(recipe.stages))]
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

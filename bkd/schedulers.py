@@ -10,7 +10,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 
 from bkd.few_steps import FewSteps
 from bkd.guidance import StudentKind
@@ -38,6 +46,16 @@ ODE_SCHEDULERS = (
 )
 """Those whose models follow the differential equation that DDIM solves: only noise levels matter, and they have them.
 Others, such as those of consistency models, say that the model's steps mean something else."""
+
+
+CHOICES: dict[str, tuple[type, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+"""Samplers by the names that people know them by."""
 
 
 def student_scheduler(teacher: Mapping[str, Any], kind: StudentKind) -> dict[str, Any]:
@@ -93,6 +111,20 @@ def scheduler_of(teacher: SchedulerMixin, kind: StudentKind) -> SchedulerMixin:
     if kind.few_steps is None:
         return type(teacher).from_config(config)
     return drawing_scheduler(stock_scheduler(config, kind.few_steps), kind.few_steps)
+
+
+def chosen_scheduler(name: str, stock: SchedulerMixin) -> SchedulerMixin:
+    """Another sampler for a model that takes any number of steps, on the same noise levels, with trailing spacing.
+
+    Args:
+        name: One of `CHOICES`.
+        stock: The model's own.
+    """
+    known: Mapping[str, Any] = stock.config
+    trained = {key: known[key] for key in TRAINED if known.get(key) is not None}
+    trained |= {"prediction_type": known["prediction_type"], "timestep_spacing": "trailing"}
+    kind, settings = CHOICES[name]
+    return kind(**settings, **trained)
 
 
 def drawing_scheduler(stock: SchedulerMixin, few: FewSteps | None) -> SchedulerMixin:

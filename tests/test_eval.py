@@ -122,7 +122,8 @@ def test_a_report_of_an_older_version_is_made_again_of_the_same_images(bkd, tmp_
     arguments = ("eval", "shapes", "--num-prompts", 3, "--split", "test", *FAST, "-o", out)
     assert bkd(*arguments)[0] == 0
     before = report_of(out, "shapes")
-    older = {**before, "models": [{k: v for k, v in row.items() if k != "passes_a_step"} for row in before["models"]]}
+    rows = [{key: value for key, value in row.items() if key != "num_inference_steps"} for row in before["models"]]
+    older = {**before, "models": rows}
     (out / "shapes.json").write_text(json.dumps(older))
     code, printed = bkd(*arguments)
     assert code == 0 and "drawing" not in printed and report_of(out, "shapes") == before

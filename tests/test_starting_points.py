@@ -19,7 +19,7 @@ from bkd.recipe.stages import Stage, Student
 from bkd.run import check_stages
 from bkd.run_folder import RunFolder
 from bkd.stage import require_same_start
-from bkd.stage_setup import NOT_FOR_SAMPLE
+from bkd.stage_plan import NOT_FOR_SAMPLE
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.unet import plan_removal
 from bkd.training.fit import Fit

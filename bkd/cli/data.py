@@ -235,7 +235,7 @@ def generate(
 
     require_ours(output)
     texts = read_prompts(prompts)
-    steps, guidance = drawing_settings(teacher, num_inference_steps, guidance_scale)
+    steps, guidance = drawing_settings(teacher, num_inference_steps, guidance_scale, alone=True)
     drawing = ShardDrawing(
         num_inference_steps=steps, guidance_scale=guidance, seed=seed, extension=image_format, per_shard=per_shard
     )

@@ -7,6 +7,7 @@ from typing import Any
 from bkd.cli.console import console, short, table
 from bkd.eval.shown import NONE, SPLIT_TITLES, relative, share
 
+COST = ("UNet calls", "MACs an image")
 METRICS = {"fid": "FID", "kid": "KID", "inception_score": "IS", "clip_score": "CLIP score"}
 
 
@@ -35,7 +36,7 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
                 *(share(found["by_objects"][name]) for name in ("one", "two")),
                 _value(found["shapes_fid"]),
                 short(model["unet_parameters"]),
-                f"{short(model['unet_macs'])} x {model['passes_a_step']}",
+                *_cost(model),
             )
         )
     title = f"{report['settings']['num_prompts']} prompts of {SPLIT_TITLES.get(split, split)} ({split}), {how}"
@@ -48,7 +49,7 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
         "two",
         "shapes-FID",
         "params",
-        "MACs a step",
+        *COST,
     )
     console.print(table(title, header, rows))
     if "skipped" in found["shapes_fid"]:
@@ -68,18 +69,24 @@ def _show_metrics(report: dict[str, Any], how: str) -> None:
                 psnr,
                 ssim,
                 short(model["unet_parameters"]),
-                f"{short(model['unet_macs'])} x {model['passes_a_step']}",
+                *_cost(model),
             )
         )
         for name, label in {**METRICS, "closeness": "closeness"}.items():
             if "skipped" in model[name]:
                 reasons.setdefault((label, model[name]["skipped"]), []).append(model["name"])
     title = f"{report['settings']['num_prompts']} prompts, {how}"
-    header = ("model", *METRICS.values(), f"PSNR to {report['models'][0]['name']}", "SSIM", "params", "MACs a step")
+    header = ("model", *METRICS.values(), f"PSNR to {report['models'][0]['name']}", "SSIM", "params", *COST)
     console.print(table(title, header, rows))
     for (label, reason), names in reasons.items():
         whose = "" if len(names) == len(report["models"]) else f" of {', '.join(names)}"
         console.print(f"{label}{whose} skipped: {reason}")
+
+
+def _cost(model: dict[str, Any]) -> tuple[str, str]:
+    """Steps x passes, and what all of them compute."""
+    steps, passes = model["num_inference_steps"], model["passes_a_step"]
+    return f"{steps} x {passes}", short(model["unet_macs"] * steps * passes)
 
 
 def _value(metric: dict[str, Any]) -> str:

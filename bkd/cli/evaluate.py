@@ -15,6 +15,10 @@ Guidance = Annotated[
     Optional[float], typer.Option(min=1, help="Classifier-free guidance, 1 for none; a run knows its own.")
 ]
 
+Scheduler = Annotated[
+    Optional[str], typer.Option(help="ddim, ddpm, dpm++, euler or unipc, in place of a model's own sampler.")
+]
+
 
 def sample(
     model: Annotated[str, typer.Argument(help="shapes, a run, a pipeline folder or a Hub id.")],
@@ -23,19 +27,22 @@ def sample(
     prompts: Annotated[Optional[Path], typer.Option(help="Text file, one prompt a line.")] = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
+    scheduler: Scheduler = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the starting noise.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
 ) -> None:
     """Draw one picture for each prompt."""
     prepare(model)
     from bkd.data.prompts import read_prompts, require_prompts
+    from bkd.eval.generate import Drawing
     from bkd.eval.sample import drawing_settings, sample_to_folder
 
     texts = ([prompt] if prompt else []) + (read_prompts(prompts) if prompts else [])
     require_prompts(texts, remedy="add --prompt TEXT, or --prompts FILE with one prompt a line")
-    steps, guidance = drawing_settings(model, num_inference_steps, guidance_scale)
+    steps, guidance = drawing_settings(model, num_inference_steps, guidance_scale, alone=True)
+    drawing = Drawing(steps, guidance, seed, scheduler=scheduler)
     with progress_view() as view:
-        written = sample_to_folder(model, texts, output, steps, guidance, seed, overwrite, view.update)
+        written = sample_to_folder(model, texts, output, drawing, overwrite, view.update)
     console.print(f"done: {len(written)} pictures in {output}")
 
 
@@ -62,6 +69,7 @@ def eval_(
     rng: Annotated[
         str, typer.Option(help="per-image, or bksdm: one generator for all, default seed 1234.")
     ] = "per-image",
+    scheduler: Scheduler = None,
     dtype: Annotated[str, typer.Option(help="What models compute in: float32, bfloat16 or float16.")] = "float32",
     batch_size: Annotated[Optional[int], typer.Option(min=1, help="Images at a time, on a GPU.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a report of other models or settings.")] = False,
@@ -88,6 +96,7 @@ def eval_(
         guidance_scale=guidance_scale,
         seed=seed,
         rng=rng,
+        scheduler=scheduler,
     )
     planned, drawing, kind = plan_suite(wish), plan_drawing(wish, models[0]), dtype_named(dtype)
     evaluation = plan_evaluation(models, teacher, planned, drawing, output, dtype=kind, batch_size=batch_size)

@@ -36,10 +36,12 @@ def show_speed(report: dict[str, Any]) -> None:
         for model in report["models"]
         for place, (name, case) in enumerate(model["cases"].items())
     ]
+    own = {model["name"]: model["num_inference_steps"] for model in report["models"]}
     cases = [case for model in report["models"] for case in model["cases"].values()]
     title = f"{settings['rounds']} rounds in turns"
     if "pipeline" in settings["parts"]:
         title += f"; pipeline: {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
+        title += "".join(f", {name} {n}" for name, n in own.items() if n != settings["num_inference_steps"])
     if report["device"].startswith("cpu") and any("memory" in case for case in cases):
         title += "; peak memory: of the process, libraries included"
     header = ("model", "call", "median s", "90 % s", "speed-up", "peak MiB")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,12 +12,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from bkd.errors import ModelError
+from bkd.eval.generate import Drawing
 from bkd.eval.pictures import with_unet
+from bkd.few_steps import few_steps, steps_of
 from bkd.guidance import pipeline_scale
 from bkd.locate import locate
 from bkd.model_folder import model_digest
 from bkd.models import load_pipeline
 from bkd.run_folder import RunFolder, require_finished
+from bkd.schedulers import chosen_scheduler
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
 
@@ -37,6 +40,18 @@ class Named:
         if self.pruned_like is None:
             return own
         return hashlib.sha256((own + load_plan(self.pruned_like).to_json()).encode()).hexdigest()
+
+    def drawing(self, asked: Drawing) -> Drawing:
+        """How it draws: as asked, but in as many steps, and with the scheduler, that it was trained for.
+
+        Raises:
+            ModelError: If it does not draw, or has not learnt that guidance scale.
+        """
+        pipeline_scale(self.folder, asked.guidance_scale, self.name)
+        if few_steps(self.folder) is None:
+            return asked
+        steps = steps_of(self.folder, asked.num_inference_steps, self.name)
+        return replace(asked, num_inference_steps=steps, scheduler=None)
 
     def pipeline_scale(self, asked: float) -> float:
         """The `guidance_scale` to call its pipeline with.
@@ -103,9 +118,20 @@ def _teacher_of(run: RunFolder, teacher: str | None) -> Path:
     return folder
 
 
-def load_candidate(named: Named, dtype: torch.dtype, device: torch.device) -> StableDiffusionPipeline:
-    """Load a model, frozen."""
+def load_candidate(
+    named: Named, dtype: torch.dtype, device: torch.device, scheduler: str | None = None
+) -> StableDiffusionPipeline:
+    """Load a model, frozen.
+
+    Args:
+        named: Which.
+        dtype: Of all parts.
+        device: For all parts.
+        scheduler: One of `bkd.schedulers.CHOICES`, in place of its own.
+    """
     pipe = load_pipeline(named.folder, dtype=dtype, device=device)
+    if scheduler is not None:
+        pipe.scheduler = chosen_scheduler(scheduler, pipe.scheduler)
     if named.pruned_like is not None:
         pipe = with_unet(pipe, build_student(pipe.unet, load_plan(named.pruned_like)))
     return pipe

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -12,6 +13,7 @@ from torch import Tensor
 from bkd.data.images import images_at_once, to_pixels
 from bkd.errors import DataError, ModelError, one_of
 from bkd.progress import Progress, silent
+from bkd.schedulers import CHOICES
 
 MAX_BATCH = 50
 BLOCK_PIXELS, MAX_BLOCK = 512 * 512, 25
@@ -32,15 +34,23 @@ class Drawing:
         rng: `per-image`: image i has a generator of its own, on the CPU, seeded by (seed, i). `bksdm`: one generator
             on the device for all images, one after the other, as BK-SDM's published figures were made; image i's noise
             is the i-th that it gives, and other devices give other images.
+        scheduler: One of `bkd.schedulers.CHOICES`; a model's own when not given.
     """
 
     num_inference_steps: int
     guidance_scale: float
     seed: int = 0
     rng: str = "per-image"
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         one_of(self.rng, RNGS, kind="rng", error=DataError)
+        if self.scheduler is not None:
+            one_of(self.scheduler, CHOICES, kind="scheduler", error=DataError)
+
+    def facts(self) -> dict[str, Any]:
+        """What was chosen, for reports."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def generate(

@@ -38,6 +38,7 @@ class Wish:
         guidance_scale: Of classifier-free guidance.
         seed: Of the starting noise.
         rng: See `Drawing`.
+        scheduler: See `Drawing`.
     """
 
     suite: str = "shapes"
@@ -53,6 +54,7 @@ class Wish:
     guidance_scale: float | None = None
     seed: int | None = None
     rng: str = "per-image"
+    scheduler: str | None = None
 
 
 def plan_suite(wish: Wish) -> Suite:
@@ -99,7 +101,7 @@ def plan_drawing(wish: Wish, model: str) -> Drawing:
     else:
         steps, guidance = drawing_settings(model, steps, guidance, suite=wish.suite)
     usual_seed = BKSDM_SEED if wish.rng == "bksdm" else 0
-    return Drawing(steps, guidance, usual_seed if wish.seed is None else wish.seed, wish.rng)
+    return Drawing(steps, guidance, usual_seed if wish.seed is None else wish.seed, wish.rng, wish.scheduler)
 
 
 def _require_fitting(wish: Wish) -> None:

@@ -22,6 +22,7 @@ from bkd.eval.generate import Drawing, block_size, draw
 from bkd.eval.images import IMAGE_FOLDER, ImageFolder
 from bkd.eval.pictures import side_by_side
 from bkd.eval.suites import Suite
+from bkd.few_steps import few_steps
 from bkd.files import replace_file, require_writable, write_atomically
 from bkd.guidance import passes_a_step
 from bkd.model_folder import native_resolution, prompt_length, read_json, unet_config
@@ -66,7 +67,7 @@ class Evaluation:
             **self.suite.settings(),
             "suite": self.suite.name,
             "prompts_digest": digest_of(prompts),
-            "drawing": asdict(self.drawing),
+            "drawing": self.drawing.facts(),
             "saving": asdict(self.suite.saving),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -79,7 +80,7 @@ class Evaluation:
         identity = {
             "model": candidate.digest,
             "prompts": digest_of(prompts),
-            "drawing": asdict(self.drawing),
+            "drawing": candidate.drawing(self.drawing).facts(),
             "saving": asdict(self.suite.saving),
             "dtype": str(self.dtype),
             "device": device.type,
@@ -133,13 +134,13 @@ def evaluate(evaluation: Evaluation, *, overwrite: bool, phase: Phase, progress:
         BkdError: If an input does not fit, before anything is drawn.
     """
     for candidate in evaluation.candidates:
-        candidate.pipeline_scale(evaluation.drawing.guidance_scale)
+        candidate.drawing(evaluation.drawing)
     digests = {candidate.name: candidate.digest for candidate in evaluation.candidates}
     settings = evaluation.settings()
     known = _known_report(evaluation.report_file)
     # A report of an older version may lack a figure; its images are kept, and scoring them takes moments.
     same = bool(known) and (known["settings"], known["digests"]) == (settings, digests)
-    if same and all("passes_a_step" in row for row in known["models"]):
+    if same and all("num_inference_steps" in row for row in known["models"]):
         phase("already measured")
         return known
     if known and not same and not overwrite:
@@ -231,9 +232,10 @@ def _drawn(
     if not share:
         return folder
     phase(f"drawing {len(share):,} of {len(prompts):,} prompts with {candidate.name}")
-    pipe = load_candidate(candidate, evaluation.dtype, parallel.device)
-    drawing = replace(evaluation.drawing, guidance_scale=candidate.pipeline_scale(evaluation.drawing.guidance_scale))
-    images = draw(pipe, prompts, share, drawing, batch_size=evaluation.batch_size)
+    drawing = candidate.drawing(evaluation.drawing)
+    pipe = load_candidate(candidate, evaluation.dtype, parallel.device, drawing.scheduler)
+    called = replace(drawing, guidance_scale=candidate.pipeline_scale(drawing.guidance_scale))
+    images = draw(pipe, prompts, share, called, batch_size=evaluation.batch_size)
     for done, (number, image) in enumerate(images, 1):
         folder.add(number, image)
         progress(done, len(share))
@@ -273,9 +275,17 @@ def _cost(candidate: Named, drawing: Drawing) -> dict[str, Any]:
         "unet_parameters": cost.parameters,
         "unet_macs": cost.macs,
         "passes_a_step": passes_a_step(as_drawn, candidate.pipeline_scale(drawing.guidance_scale)),
+        "num_inference_steps": candidate.drawing(drawing).num_inference_steps,
         "unet_macs_without_attention": cost.macs_without_attention,
-        "sampler": read_json(candidate.folder / "scheduler" / "scheduler_config.json"),
+        "sampler": _sampler(candidate, drawing),
     }
+
+
+def _sampler(candidate: Named, drawing: Drawing) -> dict[str, Any]:
+    """What a candidate is drawn with."""
+    own = read_json(candidate.folder / "scheduler" / "scheduler_config.json")
+    chosen, few = candidate.drawing(drawing).scheduler, few_steps(candidate.folder)
+    return {**own, **({"chosen": chosen} if chosen else {}), **({"few_steps": few.facts()} if few else {})}
 
 
 def _environment(evaluation: Evaluation, parallel: Parallel) -> dict[str, Any]:

@@ -8,21 +8,32 @@ from pathlib import Path
 from PIL import Image
 
 from bkd.data.shapes import EMBEDDED
-from bkd.eval.generate import generate
+from bkd.errors import ModelError
+from bkd.eval.generate import Drawing, generate
+from bkd.few_steps import few_steps, require_steps
 from bkd.guidance import one_pass_guidance, pipeline_scale
 from bkd.locate import is_folder, locate
 from bkd.models import best_device, load_pipeline
 from bkd.output_folder import require_free
 from bkd.run_folder import RunFolder
+from bkd.schedulers import chosen_scheduler
 
 EMBEDDED_DRAWING = (20, 3.0)
 USUAL_DRAWING = (25, 7.5)
 
 
 def drawing_settings(
-    model: str, steps: int | None, guidance: float | None, *, suite: str = "prompts"
+    model: str, steps: int | None, guidance: float | None, *, suite: str = "prompts", alone: bool = False
 ) -> tuple[int, float]:
-    """Denoising steps and guidance scale: as asked, else the run's own, else what the kind of model is used with."""
+    """Denoising steps and guidance scale: as asked, else the run's own, else what the kind of model is used with.
+
+    Args:
+        model: A MODEL argument.
+        steps: As asked.
+        guidance: As asked.
+        suite: What is drawn for.
+        alone: Whether no other model is drawn with, so that the model's own steps come before its run's.
+    """
     run = RunFolder(Path(model))
     if run.facts_file.is_file():
         samples = run.recipe().samples
@@ -31,6 +42,8 @@ def drawing_settings(
         usual = EMBEDDED_DRAWING if EMBEDDED in (model, suite) else USUAL_DRAWING
         if guidance is None and is_folder(model) and (known := one_pass_guidance(locate(model, weights=False))):
             guidance = known.nearest(usual[1])
+    if alone and steps is None and is_folder(model) and (few := few_steps(locate(model, weights=False))):
+        steps = few.num_inference_steps
     return steps or usual[0], guidance or usual[1]
 
 
@@ -38,9 +51,7 @@ def sample_to_folder(
     model: str,
     prompts: Sequence[str],
     output: Path,
-    num_inference_steps: int,
-    guidance_scale: float,
-    seed: int,
+    drawing: Drawing,
     overwrite: bool,
     progress: Callable[[int, int], None],
 ) -> list[Path]:
@@ -48,17 +59,25 @@ def sample_to_folder(
 
     Raises:
         OutputError: If the folder holds something and `overwrite` is off.
-        ModelError: If there is no such model, or it has not learnt that guidance scale.
+        ModelError: If there is no such model, or it has not learnt that guidance scale, or so many steps.
     """
     folder = locate(model)
-    pipeline_scale(folder, guidance_scale, model)
+    scale = pipeline_scale(folder, drawing.guidance_scale, model)
+    require_steps(folder, drawing.num_inference_steps, model)
+    if drawing.scheduler is not None and few_steps(folder) is not None:
+        raise ModelError(
+            "this student was trained for one sampler", where=model, got=drawing.scheduler, remedy="no --scheduler"
+        )
     require_free(output, overwrite=overwrite, marker="prompts.txt")
+    pipe = load_pipeline(folder, device=best_device())
+    if drawing.scheduler is not None:
+        pipe.scheduler = chosen_scheduler(drawing.scheduler, pipe.scheduler)
     images = generate(
-        load_pipeline(folder, device=best_device()),
+        pipe,
         prompts,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=pipeline_scale(folder, guidance_scale, model),
-        seed=seed,
+        num_inference_steps=drawing.num_inference_steps,
+        guidance_scale=scale,
+        seed=drawing.seed,
         progress=progress,
     )
     output.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from bkd.environment import PACKAGES, installed_version
 from bkd.errors import ModelError, one_of
 from bkd.eval.candidates import Named, load_candidate
 from bkd.eval.peak_memory import measure_peak
+from bkd.few_steps import steps_of
 from bkd.guidance import nearest_scale, passes_a_step, pipeline_scale
 from bkd.model_folder import parts_of, prompt_length, unet_config, weight_files
 from bkd.models import describe_device, dtype_named
@@ -117,9 +118,8 @@ def bench_speed(
     Raises:
         ModelError: If a dtype is none that the device computes in, or a model has not learnt the guidance scale.
     """
-    for model in models:
-        wish_for(model, wish)
-    rows: list[dict[str, Any]] = [{"name": model.name, **size_of(model), "cases": {}} for model in models]
+    own = {model.name: {"num_inference_steps": wish_for(model, wish).num_inference_steps} for model in models}
+    rows: list[dict[str, Any]] = [{"name": m.name, **size_of(m), **own[m.name], "cases": {}} for m in models]
     for name in wish.dtypes:
         _time_dtype(rows, models, wish, name, device, phase, progress)
         gc.collect()
@@ -188,15 +188,16 @@ def take_turns(
 
 
 def wish_for(model: Named, wish: SpeedWish) -> SpeedWish:
-    """The wish with the `guidance_scale` that this model's pipeline is to be called with.
+    """The wish with the `guidance_scale` and the steps that this model's pipeline is to be called with.
 
     Raises:
-        ModelError: If the model draws guided in one pass, and not at that scale.
+        ModelError: If the model does not draw, or draws guided in one pass, and not at that scale.
     """
     asked = wish.guidance_scale
     if wish.nearest_scale:
         asked = nearest_scale(model.folder, asked)
-    return replace(wish, guidance_scale=pipeline_scale(model.folder, asked, model.name))
+    steps = steps_of(model.folder, wish.num_inference_steps, model.name)
+    return replace(wish, guidance_scale=pipeline_scale(model.folder, asked, model.name), num_inference_steps=steps)
 
 
 def call_of(case: Case, pipe: StableDiffusionPipeline, wish: SpeedWish) -> Callable[[], object]:
@@ -273,7 +274,7 @@ def _add_memory(
         found = measure_peak(
             models[number].folder,
             asdict(case),
-            num_inference_steps=wish.num_inference_steps,
+            num_inference_steps=wish_for(models[number], wish).num_inference_steps,
             guidance_scale=wish_for(models[number], wish).guidance_scale,
             device=device,
         )

@@ -152,6 +152,11 @@ class Recipe:
         return replace(self.train, **self.stages[number].train.given())
 
     @property
+    def last_train(self) -> Train:
+        """How the last stage is trained."""
+        return self.train_of(len(self.stages) - 1)
+
+    @property
     def origin(self) -> str:
         """What people are told that the model at `teacher.id` is: what is fine-tuned teaches nobody."""
         return "original" if self.stages[0].method.name == "finetune" else "teacher"

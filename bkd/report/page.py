@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
 from bkd.training.tracking import read_metrics
 
+STAGE_SECONDS = re.compile(r"stage_\d+_seconds")
+
 
 @dataclass(frozen=True)
 class RunView:
@@ -29,6 +32,7 @@ class RunView:
     plan: dict[str, Any]
     recipe: str
     command: str
+    seconds: float
     curves: tuple[tuple[str, str], ...]
     pictures: tuple[tuple[str, str], ...]
     evaluations: tuple[dict[str, Any], ...]
@@ -79,6 +83,7 @@ def _view(run: RunFolder) -> RunView:
         plan=json.loads(plan_file.read_text()) if plan_file.is_file() else {},
         recipe=run.recipe_file.read_text(),
         command=str(run.facts().get("command", f"bkd train {run.recipe_file.name}")),
+        seconds=sum(value for name, value in run.facts().items() if STAGE_SECONDS.fullmatch(name)),
         curves=_curves(read_metrics(run.metrics)),
         pictures=_pictures(run),
         evaluations=tuple(_evaluation(path) for path in run.evaluations),
@@ -87,7 +92,7 @@ def _view(run: RunFolder) -> RunView:
 
 def _evaluation(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text())
-    if "drawing" not in found.get("settings", {}) or "passes_a_step" not in found["models"][0]:
+    if "drawing" not in found.get("settings", {}) or "num_inference_steps" not in found["models"][0]:
         raise OutputError(
             "this measurement is of another version", where=path, remedy=f"bkd eval {path.parent.parent} --overwrite"
         )
@@ -96,8 +101,13 @@ def _evaluation(path: Path) -> dict[str, Any]:
 
 def _curves(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
     """An SVG for each logged quantity worth a curve; losses on a logarithmic scale."""
-    terms = [name for name in (lines[0] if lines else {}) if name.endswith("_loss") or name in ("total", "lr")]
-    return tuple((name, curve_svg(_curve(lines, name))) for name in terms)
+    drawn = []
+    for stage in sorted({line["stage"] for line in lines}):
+        ours = [line for line in lines if line["stage"] == stage]
+        terms = [name for name in ours[0] if name.endswith("_loss") or name in ("total", "lr")]
+        title = f"stage {stage + 1}: " if lines[-1]["stage"] else ""
+        drawn += [(title + name, curve_svg(_curve(ours, name))) for name in terms]
+    return tuple(drawn)
 
 
 def _curve(lines: Sequence[dict[str, Any]], name: str) -> Curve:
