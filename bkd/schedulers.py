@@ -22,7 +22,7 @@ from diffusers import (
 
 from bkd.few_steps import FewSteps
 from bkd.guidance import StudentKind
-from bkd.sampling import StochasticScheduler
+from bkd.sampling import InversionScheduler, StochasticScheduler
 
 TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What of a scheduler's configuration the noise schedule consists of."""
@@ -86,7 +86,8 @@ def stock_scheduler(known: Mapping[str, Any], few: FewSteps) -> SchedulerMixin:
     trained = {name: known[name] for name in TRAINED if known.get(name) is not None}
     trained |= {"prediction_type": known.get("prediction_type", "epsilon"), "timestep_spacing": "trailing"}
     steps, timesteps = few.stock_steps, int(known.get("num_train_timesteps", 1000))
-    ddim = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, **trained}
+    trained["steps_offset"] = 1  # of no account with trailing spacing; any other makes pipelines warn
+    ddim = {"clip_sample": False, "set_alpha_to_one": True, **trained}
     if few.direction == "inversion":
         return DDIMInverseScheduler(**ddim)
     if timesteps % steps == 0:
@@ -97,7 +98,6 @@ def stock_scheduler(known: Mapping[str, Any], few: FewSteps) -> SchedulerMixin:
         final_sigmas_type="zero",
         thresholding=False,
         use_karras_sigmas=False,
-        steps_offset=0,
         lambda_min_clipped=-1e9,  # the default is -Infinity, which is no JSON
         **trained,
     )
@@ -122,13 +122,15 @@ def chosen_scheduler(name: str, stock: SchedulerMixin) -> SchedulerMixin:
     """
     known: Mapping[str, Any] = stock.config
     trained = {key: known[key] for key in TRAINED if known.get(key) is not None}
-    trained |= {"prediction_type": known["prediction_type"], "timestep_spacing": "trailing"}
+    trained |= {"prediction_type": known["prediction_type"], "timestep_spacing": "trailing", "steps_offset": 1}
     kind, settings = CHOICES[name]
     return kind(**settings, **trained)
 
 
 def drawing_scheduler(stock: SchedulerMixin, few: FewSteps | None) -> SchedulerMixin:
-    """What a student is drawn with: its folder's scheduler, or the stochastic sampler on the same noise levels."""
-    if few is None or few.sampler == "deterministic":
-        return stock
-    return StochasticScheduler.from_config(stock.config)
+    """What a student is used with: its folder's scheduler, or one of `bkd` on the same noise levels."""
+    if few is not None and few.direction == "inversion":
+        return InversionScheduler.from_config(stock.config)
+    if few is not None and few.sampler == "stochastic":
+        return StochasticScheduler.from_config(stock.config)
+    return stock

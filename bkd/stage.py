@@ -24,7 +24,7 @@ from bkd.models import load_unet, training_dtype
 from bkd.progress import Progress, silent
 from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
-from bkd.recipe.stages import Stage
+from bkd.recipe.stages import Halving, Stage
 from bkd.run_folder import RunFolder
 from bkd.stage_plan import PlannedStage
 from bkd.stage_setup import build_method, start_student
@@ -268,4 +268,6 @@ def student_folder(run: RunFolder, recipe: Recipe, number: int) -> Path:
 
 def student_name(recipe: Recipe, number: int) -> str:
     """Of the folder of an earlier stage's student, inside the run."""
-    return f"stages/{number:02d}-{recipe.stages[number].method.name}/student"
+    method = recipe.stages[number].method
+    steps = f"-{method.num_inference_steps[1]}" if isinstance(method, Halving) else ""
+    return f"stages/{number:02d}-{method.name}{steps}/student"

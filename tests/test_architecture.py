@@ -30,7 +30,7 @@ LAYERS = [
     },
     {"methods", "proof", "calibration", "caching"},
     {"run_folder", "run_lock", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
-    {"training", "eval", "pregenerate"},
+    {"training", "eval", "pregenerate", "edit"},
     {"stage_plan", "stage_setup", "stage", "run", "bench", "bench_memory", "export"},
     {"report"},
     {"cli", "__main__"},

@@ -33,7 +33,7 @@ stages:
     train: {batch: 4, prompt_dropout: 0.0}
 samples: {num_inference_steps: 2, guidance_scale: 3.0, prompts: [a small blue circle]}
 """
-NAMES = ["00-kd", "01-guided", "02-halving"]
+NAMES = ["00-kd", "01-guided", "02-halving-8"]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_another_sampler_for_a_model_of_any_number_of_steps(bkd, bkd_refuses, ch
         assert bkd("sample", "shapes", "--prompt", PROMPT, *arguments)[0] == 0
     ddim, dpm = ((tmp_path / name / "0000.png").read_bytes() for name in ("ddim", "dpm++"))
     assert ddim != dpm
-    bkd_refuses(["sample", "shapes", "--prompt", PROMPT, "--scheduler", "ddmi", "-o", "out"], "did you mean 'ddim'?")
+    bkd_refuses(["sample", "shapes", "--prompt", PROMPT, "--scheduler", "ddi", "-o", "out"], "did you mean 'ddim'?")
     trained = ["sample", chain / "student", "--prompt", PROMPT, "--scheduler", "ddim", "-o", "out"]
     bkd_refuses(trained, "was trained for one sampler")
 

@@ -30,6 +30,7 @@ for verb in (
     models.remap,
     train.train,
     evaluate.sample,
+    evaluate.edit,
     evaluate.eval_,
     ship.report,
     ship.export,

@@ -14,7 +14,10 @@ METRICS = {"fid": "FID", "kid": "KID", "inception_score": "IS", "clip_score": "C
 def show(report: dict[str, Any]) -> None:
     """Print what a report says."""
     drawing = report["settings"]["drawing"]
-    how = f"{drawing['num_inference_steps']} steps, guidance {drawing['guidance_scale']:g}"
+    own = (
+        "" if all(m["num_inference_steps"] == drawing["num_inference_steps"] for m in report["models"]) else " or fewer"
+    )
+    how = f"{drawing['num_inference_steps']} steps{own}, guidance {drawing['guidance_scale']:g}"
     if report["settings"]["suite"] == "shapes":
         for split in report["settings"]["splits"]:
             _show_split(report, split, how)
@@ -33,7 +36,6 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
                 share(accuracy),
                 f"{accuracy['low']:.1%} - {accuracy['high']:.1%}",
                 relative(found["relative"]),
-                *(share(found["by_objects"][name]) for name in ("one", "two")),
                 _value(found["shapes_fid"]),
                 short(model["unet_parameters"]),
                 *_cost(model),
@@ -45,8 +47,6 @@ def _show_split(report: dict[str, Any], split: str, how: str) -> None:
         "correct",
         "95 % interval",
         f"of {report['models'][0]['name']}",
-        "one object",
-        "two",
         "shapes-FID",
         "params",
         *COST,

@@ -46,6 +46,35 @@ def sample(
     console.print(f"done: {len(written)} pictures in {output}")
 
 
+def edit(
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP, of the size that the models draw.")],
+    encoder: Annotated[str, typer.Option(help="Model that finds the image's noise: a distilled encoder, or any.")],
+    source: Annotated[str, typer.Option("--from", help="What the image shows.")],
+    target: Annotated[str, typer.Option("--to", help="What it is to show.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG file.")],
+    decoder: Annotated[Optional[str], typer.Option(help="Model that draws; default the encoder.")] = None,
+    encoder_guidance_scale: Annotated[
+        Optional[float], typer.Option(min=1, help="Default 1, or the least that the encoder knows.")
+    ] = None,
+    decoder_guidance_scale: Annotated[
+        Optional[float], typer.Option(min=1, help="Default 7.5, 3 for shapes, or the nearest that it knows.")
+    ] = None,
+    num_inference_steps: Annotated[
+        int, typer.Option(min=1, max=1000, help="Of models that were not halved to steps of their own.")
+    ] = 50,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output file.")] = False,
+) -> None:
+    """Change what an image shows: encode it with one prompt or model, decode the noise with another."""
+    prepare(encoder, decoder)
+    from bkd.edit import Half, edit_image
+
+    first = Half.encoder(encoder, encoder_guidance_scale, num_inference_steps)
+    second = Half.decoder(decoder or encoder, decoder_guidance_scale, num_inference_steps)
+    console.print("encoding and decoding …")
+    edit_image(image, (source, target), first, second, output, overwrite=overwrite)
+    console.print(f"done: {output}")
+
+
 def eval_(
     models: Annotated[
         list[str], typer.Argument(help="Runs, pipeline folders or Hub ids; a run stands for its teacher too.")

@@ -102,8 +102,9 @@ def _untrained(name: str, run: RunFolder, teacher: Path, student: Path) -> list[
 
 
 def _labels(models: Sequence[str]) -> list[str]:
-    """The last part of each path, or all of it where two would be called the same."""
-    names = [Path(model).name or model for model in models]
+    """The last part of each path that says something, or all of it where two would be called the same."""
+    paths = [Path(model) for model in models]
+    names = [(path.parent.name if path.name == "student" else path.name) or str(path) for path in paths]
     return [name if names.count(name) == 1 else model for name, model in zip(names, models, strict=True)]
 
 

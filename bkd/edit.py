@@ -1,0 +1,231 @@
+"""Editing by encoding and decoding: an image back to its noise with one prompt, and to another image with another.
+
+Su et al. 2022, arXiv:2203.08382 (two models, one latent noise); Meng et al. 2022, arXiv:2210.03142, section 5, for
+encoders and decoders of few steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+
+from bkd.data.images import images_at_once, open_image, to_model_range, to_pixels
+from bkd.errors import DataError, ModelError
+from bkd.eval.sample import drawing_settings
+from bkd.few_steps import FewSteps, few_steps
+from bkd.files import replace_file
+from bkd.guidance import nearest_scale, pipeline_scale
+from bkd.locate import locate
+from bkd.model_folder import native_resolution
+from bkd.models import best_device, load_noise_schedule, load_pipeline
+from bkd.output_folder import require_new_file
+from bkd.sampling import InversionScheduler
+from bkd.schedulers import stock_scheduler
+
+MAX_BATCH = 50
+SAME_LATENTS = 0.02
+"""Relative distance of two autoencoders' latents up to which they are one: rounding to float16 stays far below."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """One of the two models of an edit.
+
+    Attributes:
+        model: As the user named it.
+        folder: Its pipeline folder.
+        guidance_scale: Of its prompt; 1 for none.
+        num_inference_steps: Of a model that was not halved.
+    """
+
+    model: str
+    folder: Path
+    guidance_scale: float
+    num_inference_steps: int = 50
+
+    @classmethod
+    def encoder(cls, model: str, guidance_scale: float | None, num_inference_steps: int) -> Half:
+        """From a MODEL argument; without guidance, or with as little as the model knows, where none is given."""
+        folder = locate(model)
+        return cls(model, folder, guidance_scale or nearest_scale(folder, 1.0), num_inference_steps)
+
+    @classmethod
+    def decoder(cls, model: str, guidance_scale: float | None, num_inference_steps: int) -> Half:
+        """From a MODEL argument; with the guidance that the model is usually drawn with where none is given."""
+        folder = locate(model)
+        usual = drawing_settings(model, None, None)[1]
+        return cls(model, folder, guidance_scale or nearest_scale(folder, usual), num_inference_steps)
+
+    @property
+    def steps(self) -> FewSteps | None:
+        """What it was halved to."""
+        return few_steps(self.folder)
+
+
+def edit_image(
+    image: Path, prompts: tuple[str, str], encoder: Half, decoder: Half, output: Path, *, overwrite: bool = False
+) -> None:
+    """Edit one image.
+
+    Args:
+        image: JPEG, PNG or WebP file.
+        prompts: What it shows, and what it is to show.
+        encoder: See `Editor`.
+        decoder: See there.
+        output: `.png` file to write.
+        overwrite: Replace the file.
+
+    Raises:
+        BkdError: If the image, the models or the output do not fit; nothing is written then.
+    """
+    require_new_file(output, ".png", overwrite=overwrite)
+    if not all(prompt.strip() for prompt in prompts):
+        raise DataError("an edit needs two prompts", got=prompts, remedy="--from TEXT --to TEXT")
+    if not image.is_file():
+        raise DataError("no such image", where=image)
+    pixels = torch.from_numpy(np.array(open_image(image.read_bytes()))).permute(2, 0, 1)[None]
+    editor = Editor(encoder, decoder)
+    edited = editor.decode(editor.encode(pixels, prompts[:1]), prompts[1:])[0]
+    with replace_file(output) as stream:
+        Image.fromarray(edited.permute(1, 2, 0).numpy()).save(stream, format="PNG")
+
+
+class Editor:
+    """Encodes with one model and decodes with another, or with the same.
+
+    Args:
+        encoder: A distilled encoder, or any model that draws: its differential equation is then solved backwards.
+        decoder: Any model that draws, of the same latent space and noise levels.
+
+    Raises:
+        ModelError: If the two do not fit together, or cannot do what is asked of them.
+    """
+
+    def __init__(self, encoder: Half, decoder: Half) -> None:
+        if encoder.steps is not None and encoder.steps.direction == "generation":
+            raise ModelError(
+                "this student draws in few steps, and was not trained to encode",
+                where=encoder.model,
+                got=encoder.steps,
+                remedy="an encoder (method.direction=inversion), or the model that it was halved from",
+            )
+        if decoder.steps is not None:
+            decoder.steps.require(None, decoder.model)
+        _require_same_levels(encoder, decoder)
+        self._scales = tuple(pipeline_scale(h.folder, h.guidance_scale, h.model) for h in (encoder, decoder))
+        self._encoder, self._decoder = (load_pipeline(half.folder, device=best_device()) for half in (encoder, decoder))
+        self._steps = tuple(
+            half.steps.num_inference_steps if half.steps else half.num_inference_steps for half in (encoder, decoder)
+        )
+        self._encoder.scheduler = InversionScheduler.from_config(self._encoder.scheduler.config)
+        if decoder.steps is None:
+            self._decoder.scheduler = _deterministic(self._decoder.scheduler, decoder.num_inference_steps)
+        self._names, self._side = (encoder.model, decoder.model), native_resolution(encoder.folder)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images to the noise that they would be drawn from.
+
+        Args:
+            pixels: (N, 3, H, W), uint8, of the models' own size.
+            prompts: What they show.
+
+        Returns:
+            (N, C, h, w), float32, on the CPU.
+
+        Raises:
+            DataError: If the images are of another size.
+            ModelError: If the decoder's latents are others.
+        """
+        if pixels.shape[-2:] != (self._side, self._side):
+            raise DataError(
+                "the image is of another size than the models draw",
+                got=f"{pixels.shape[-1]} x {pixels.shape[-2]} px",
+                allowed=f"{self._side} x {self._side} px",
+                remedy="resize or crop it",
+            )
+        found = [self._latents(self._encoder, chunk) for chunk in torch.split(pixels, self._batch)]
+        self._require_same_space(pixels[:1], found[0][:1])
+        return self._walk(self._encoder, torch.cat(found), prompts, 0)
+
+    @torch.no_grad()
+    def decode(self, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Noise to images.
+
+        Args:
+            noise: As `encode` returned it.
+            prompts: What they are to show.
+
+        Returns:
+            (N, 3, H, W), uint8, on the CPU.
+        """
+        latents, vae = self._walk(self._decoder, noise, prompts, 1), self._decoder.vae
+        images = [
+            vae.decode(chunk.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].cpu()
+            for chunk in torch.split(latents, self._batch)
+        ]
+        return to_pixels(torch.cat(images))
+
+    @property
+    def _batch(self) -> int:
+        return images_at_once(self._side, MAX_BATCH)
+
+    def _walk(self, pipe: Any, latents: Tensor, prompts: Sequence[str], half: int) -> Tensor:
+        """From one end of the grid to the other."""
+        walked = []
+        for start in range(0, len(prompts), self._batch):
+            chunk = latents[start : start + self._batch].to(pipe.device, pipe.unet.dtype)
+            walked.append(
+                pipe(
+                    list(prompts[start : start + self._batch]),
+                    latents=chunk,
+                    num_inference_steps=self._steps[half],
+                    guidance_scale=self._scales[half],
+                    output_type="latent",
+                ).images.cpu()
+            )
+        return torch.cat(walked).float()
+
+    @staticmethod
+    def _latents(pipe: Any, pixels: Tensor) -> Tensor:
+        images = to_model_range(pixels).to(pipe.vae.device, pipe.vae.dtype)
+        latents: Tensor = pipe.vae.encode(images).latent_dist.mean * pipe.vae.config.scaling_factor
+        return latents.float().cpu()
+
+    def _require_same_space(self, pixels: Tensor, latents: Tensor) -> None:
+        theirs = self._latents(self._decoder, pixels)
+        if theirs.shape == latents.shape and (theirs - latents).norm() <= SAME_LATENTS * latents.norm():
+            return
+        raise ModelError(
+            "the decoder has another latent space than the encoder",
+            where=self._names[1],
+            got="another autoencoder",
+            allowed=f"that of {self._names[0]}",
+            remedy="models of one family, such as a teacher and its students",
+        )
+
+
+def _require_same_levels(encoder: Half, decoder: Half) -> None:
+    ours, theirs = (load_noise_schedule(half.folder).alphas for half in (encoder, decoder))
+    sides = [native_resolution(half.folder) for half in (encoder, decoder)]
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-6) or sides[0] != sides[1]:
+        raise ModelError(
+            "the decoder has other noise levels, or images of another size, than the encoder",
+            where=decoder.model,
+            got=f"{len(theirs)} timesteps to alpha {theirs[-1]:.3g}, {sides[1]} px",
+            allowed=f"{len(ours)} timesteps to alpha {ours[-1]:.3g}, {sides[0]} px",
+            remedy="models of one family, such as a teacher and its students",
+        )
+
+
+def _deterministic(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
+    """DDIM on the grid of so many steps: what the encoder's steps are the reverse of."""
+    return stock_scheduler(scheduler.config, FewSteps(steps))
