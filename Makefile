@@ -54,6 +54,8 @@ results: $(INSTALLED)  ## train and compare every method and student, 3 seeds; h
 	$(VENV)/bin/python tools/results_page.py runs/results -o docs
 	$(VENV)/bin/python tools/results_guided_runs.py -o runs/results-guided
 	$(VENV)/bin/python tools/results_guided_page.py runs/results-guided -o docs
+	$(VENV)/bin/python tools/results_steps_runs.py -o runs/results-steps
+	$(VENV)/bin/python tools/results_steps_page.py runs/results-steps -o docs
 
 gates: $(INSTALLED)  ## measure the embedded world and its teacher on 1,000 prompts
 	$(VENV)/bin/python tools/check_shapes_gates.py

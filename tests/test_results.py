@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,21 @@ import results_guided_page as guided_page
 import results_guided_runs as guided
 import results_page as page
 import results_runs as runs
+import results_steps_measures as steps_measures
+import results_steps_page as steps_page
+import results_steps_runs as steps
 
+from bkd.data.shapes import scene
+from bkd.data.shapes_checker import rendered
 from bkd.locate import locate
 from bkd.model_facts import model_facts
+from bkd.model_folder import unet_config
 from bkd.recipe.load import load_recipe
+from bkd.stage import student_name
 from bkd.stage_plan import plan_stage
+from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.presets import PRESETS
+from bkd.surgery.unet import plan_removal
 
 WEIGHTS = dict.fromkeys(runs.FEATURES, 1.0)
 
@@ -153,3 +164,74 @@ def test_what_is_missing_of_guidance_is_a_share_of_the_last_steps(tmp_path):
     np.savez(training.drawn(guided.TRIAL_STEPS), output_kd_loss=losses, unguided_loss=np.full(len(losses), 4.0))
     assert guided.guidance_missing(training) == 25.0
     assert guided.trial_score(training, guided.Way(guided.WHOLE)) == -25.0
+
+
+@pytest.fixture
+def halved(tmp_path, teacher_folder):
+    """Run folders that say they are finished, with students that say what they were halved to."""
+    plan = json.loads(plan_removal(unet_config(teacher_folder), "none").to_json())
+    for made in (steps.trainings, steps.later_trainings):
+        for training in made(tmp_path, 0).values():
+            recipe = load_recipe(training.recipe, list(training.overrides))
+            for number, stage in enumerate(recipe.stages):
+                last = number == len(recipe.stages) - 1
+                folder = training.folder / ("student" if last else student_name(recipe, number))
+                folder.mkdir(parents=True)
+                few = stage.method.name == "halving" and {"num_inference_steps": stage.method.num_inference_steps[1]}
+                (folder / PLAN_FILE).write_text(json.dumps({**plan, "few_steps": few or None}))
+    return tmp_path
+
+
+def test_students_of_few_steps_are_found_in_their_runs(halved):
+    made = steps.trainings(halved, 0)
+    assert set(made) == {steps.TOLD, steps.FIXED, steps.PRUNED, steps.JOINT}
+    for name, training in made.items():
+        assert [training.student(n).parent.name[-2:].lstrip("-") for n in (16, 8, 4, 2)] == ["16", "8", "4", "2"]
+        assert training.student(1) == training.folder / "student"
+        if name != steps.JOINT:
+            assert training.student(None).parent.name.endswith("-guided")
+    for training in steps.later_trainings(halved, 0).values():
+        load_recipe(training.recipe, list(training.overrides))
+
+
+def test_everything_that_is_drawn_of_few_steps_has_a_place_of_its_own_on_the_page(halved, monkeypatch):
+    drawn = [*steps.teacher_shots(halved), *steps.teacher_edits(halved)]
+    drawn += [*steps.student_shots(halved, 0), *steps.student_edits(halved, 0)]
+    files = [one.path for one in drawn]
+    assert len(set(files)) == len(files)
+    asked = {path for line in steps_page.lines(halved, 1) for paths in line.files.values() for path in paths}
+    assert asked <= set(files) and {line.name for line in steps_page.lines(halved, 1)} == set(steps_page.STYLES)
+    monkeypatch.setattr(steps_page, "accuracy", lambda paths: asked.update(paths) or measures.Interval(0, 0, 0))
+    monkeypatch.setattr(steps_page, "diversity", lambda paths: asked.update(paths) or measures.Interval(0, 0, 0))
+    monkeypatch.setattr(steps_page, "shares", lambda paths, of, kind="": asked.update(paths) or "")
+    monkeypatch.setattr(steps_page, "fid", lambda paths: asked.update(paths) or measures.Interval(0, 0, 0))
+    steps_page.calls_text(halved, steps_page.lines(halved, 1))
+    steps_page.scales_text(halved, 1)
+    steps_page.edits_text(halved, 1)
+    assert asked == set(files)
+
+
+def test_edits_change_one_thing_and_are_judged_by_it(tmp_path):
+    before, after = steps.edits("color")
+    for one, other in zip(before, after, strict=True):
+        first, second = one.objects[0], other.objects[0]
+        assert first.color != second.color and replace(first, color=second.color) == second
+        assert one.objects[1:] == other.objects[1:] and one.background == other.background
+    assert {one.objects[0].shape for one in steps.edits("theme")[1]} == {"diamond"}
+    images = rendered(after)
+    moved = [replace(one, objects=tuple(replace(o, dx=-o.dx or 2) for o in one.objects)) for one in after]
+    images[1], images[2] = rendered([moved[1]])[0], rendered([before[2]])[0]
+    path = tmp_path / "edit.npz"
+    steps.save(path, images=images.numpy(), again=rendered(before).numpy())
+    found = steps_measures.edited(path)
+    assert found.whole.tolist() == found.changed.tolist() == [1, 1, 0] + [1] * (len(after) - 3)
+    assert found.still.tolist() == [1, 0, 1] + [1] * (len(after) - 3)
+    assert found.kept.all() and found.again.all()
+
+
+def test_diversity_is_a_share_of_that_of_renders(tmp_path):
+    path = tmp_path / "same.npz"
+    one = rendered([scene("test", 0)])
+    steps.save(path, images=one.expand(steps.NUM_SCENES * steps.NUM_NOISES, -1, -1, -1).numpy())
+    assert steps_measures.diversity([path]) == (0, 0, 0) and steps_measures.diversity_of_renders() > 1
+    assert len(steps.diverse()) == steps.NUM_SCENES * steps.NUM_NOISES

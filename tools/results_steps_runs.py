@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from experiment import GUIDANCE_SCALE, prompts, require_same_settings
 
-from bkd.data.shapes import COLORS, Scene, scenes
+from bkd.data.shapes import COLORS, THEME_SHAPE, Scene, scenes
 from bkd.data.shapes_checker import rendered
 from bkd.edit import Editor, Half
 from bkd.eval.candidates import Named, load_candidate
@@ -114,6 +114,9 @@ def later_trainings(folder: Path, seed: int) -> dict[str, Training]:
     inverse = f"stages.0.method.num_inference_steps=[{EDIT_FIRST}, 1]"
     overrides = (f"teacher.id={told.student(None)}", inverse, *common)
     found["encoder"] = Training(folder / "runs" / f"seed-{seed}" / "encoder", "shapes/encoder", overrides)
+    tiny = trainings(folder, seed)[PRUNED].folder / "stages" / "00-kd" / "student"
+    overrides = (f"teacher.id={tiny}", f"seed={seed}", "samples.prompts=[]")
+    found["theme"] = Training(folder / "runs" / f"seed-{seed}" / "theme", "shapes/finetune", overrides)
     return found
 
 
@@ -180,13 +183,18 @@ def student_shots(folder: Path, seed: int) -> Iterator[Shot]:
             yield Shot(place(folder, seed, name, kind, f"{scale:g}"), model, Drawing(FEW, scale), said)
 
 
-def edits() -> tuple[list[Scene], list[Scene]]:
-    """Scenes, and the same with another colour for their first object; where it lies exactly, no caption says."""
+def edits(kind: str) -> tuple[list[Scene], list[Scene]]:
+    """Scenes, and the same with a change to their first object; where it lies exactly, no caption says.
+
+    Args:
+        kind: `color`: it has another one. `theme`: it is of the shape that only the fine-tuned student knows.
+    """
     before, after = list(scenes("test", NUM_EDITS)), []
     for scene in before:
         first, *others = scene.objects
         color = random.Random(scene.caption).choice([name for name in COLORS if name != first.color])
-        after.append(replace(scene, objects=(replace(first, color=color), *others)))
+        changed = replace(first, color=color) if kind == "color" else replace(first, shape=THEME_SHAPE)
+        after.append(replace(scene, objects=(changed, *others)))
     return before, after
 
 
@@ -197,10 +205,11 @@ class Edit:
     path: Path
     encoder: Half
     decoder: Half
+    kind: str = "color"
 
     def perform(self) -> None:
         """Edit."""
-        before, after = edits()
+        before, after = edits(self.kind)
         editor = Editor(self.encoder, self.decoder)
         noise = editor.encode(rendered(before), [scene.caption for scene in before])
         again, edited = (editor.decode(noise, [scene.caption for scene in said]) for said in (before, after))
@@ -231,6 +240,9 @@ def student_edits(folder: Path, seed: int) -> Iterator[Edit]:
     for first, second in itertools.product(EDIT_SCALES, EDIT_SCALES):
         name = place(folder, seed, "edit", f"{first:g}", f"{second:g}")
         yield Edit(name, half(encoder.student(FEW), first), half(decoder.student(FEW), second))
+    theme = half(later_trainings(folder, seed)["theme"].folder / "student", GUIDANCE_SCALE)
+    yield Edit(place(folder, seed, "theme", FULL_STEPS), half(locate("shapes"), 1.0), theme, "theme")
+    yield Edit(place(folder, seed, "theme", FEW), half(encoder.student(FEW), 1.0), theme, "theme")
 
 
 def perform_all(jobs: Mapping[str, Callable[[], object]], pool: Executor) -> None:
