@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from bkd.errors import ModelError
+from bkd.few_steps import few_steps
 from bkd.files import replace_file
-from bkd.guidance import OnePassGuidance, one_pass_guidance
+from bkd.guidance import StudentKind, one_pass_guidance
 from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import scaled_tensors
@@ -66,7 +67,7 @@ def _cast(part: Path, dtype: torch.dtype) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=metadata)
 
 
-def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> OnePassGuidance | None:
+def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> StudentKind:
     """Write a run's adapters as a file for the model they were trained on: `pipe.load_lora_weights` takes it.
 
     Every alpha / r is multiplied into its up-projection, and all adapters have one rank: the file needs no metadata,
@@ -78,7 +79,7 @@ def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> One
         overwrite: Replace the file.
 
     Returns:
-        The guidance that the adapters hold: the pipeline is then to be called with `guidance_scale=1.0`.
+        How the original model is to be used with them.
 
     Raises:
         BkdError: If a LoRA file cannot express the student, the teacher is another one, or the file loaded on it
@@ -93,6 +94,14 @@ def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> One
             "this run trained the weights themselves, and not adapters",
             where=run.path,
             remedy=f"{PIPELINE}, or train with lora: in the stage",
+        )
+    if len(recipe.stages) > 1:
+        raise ModelError(
+            "these adapters belong to a model that the run made itself",
+            where=run.path / ADAPTER_FILE,
+            got=f"adapters of stage {len(recipe.stages)}, over the student of stage {len(recipe.stages) - 1}",
+            allowed="runs of one stage",
+            remedy=PIPELINE,
         )
     adapter = Adapter.load(run.path / ADAPTER_FILE)
     teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
@@ -109,7 +118,7 @@ def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> One
     adapter.put_on(student)
     tensors = {f"unet.{name}": tensor for name, tensor in scaled_tensors(student).items()}
     _write(output, tensors, teacher, student)
-    return one_pass_guidance(run.student)
+    return StudentKind(one_pass_guidance(run.student), None, few_steps(run.student))
 
 
 def _require_expressible(run: RunFolder, adapter: Adapter, teacher: Path) -> None:

@@ -69,7 +69,7 @@ class PlannedStage:
         """For people."""
         method, few = self.stage.method, self.kind.few_steps
         if isinstance(method, Halving):
-            return f"halving {method.num_inference_steps[0]} steps to {few}"
+            return f"halving {method.num_inference_steps[0]} to {few}"
         return f"{method.name}, {self.stage.student.described}" if self.number else self.stage.student.described
 
 

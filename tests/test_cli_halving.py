@@ -285,3 +285,20 @@ def test_what_a_halved_student_does_not_do(bkd_refuses, chain):
         bkd_refuses([*arguments, "-o", "run"], "knows a few noise levels only")
     later = ["train", "shapes/sd-small", "-o", "run", "stages=[{}, {student: {path: x}}]"]
     bkd_refuses(later, "stages.1.student.path: a later stage goes on with the student of the stage before it")
+
+
+def test_what_is_handed_on_says_how_many_steps_it_takes(bkd, train, chain, monkeypatch, tmp_path):
+    for name in ("check_reload", "check_lora"):
+        monkeypatch.setattr(f"bkd.export.{name}", lambda *args: None)
+    code, printed = bkd("export", chain, "-o", tmp_path / "folder")
+    assert code == 0 and "it was halved to 4 steps: call the pipeline with num_inference_steps=4" in printed
+    assert few_steps(tmp_path / "folder") == FewSteps(4)
+    text = halving_recipe(num_inference_steps="[4, 2]").replace("stages: [{", "stages: [{lora: {r: 2}, ")
+    run = train("lora", text)
+    code, printed = bkd("export", run, "--format", "lora", "-o", tmp_path / "two.safetensors")
+    assert code == 0 and f"num_inference_steps=2 and the scheduler of {run / 'student' / 'scheduler'}" in " ".join(
+        printed.split()
+    )
+    chained = text.replace("[4, 2]", "[4, 1]")
+    code, printed = bkd("export", train("loras", chained), "--format", "lora", "-o", tmp_path / "one.safetensors")
+    assert code == 1 and "adapters of stage 2, over the student of stage 1" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,23 +24,56 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
         inputs: As checked.
     """
     console.print(f"data: {_counted_samples(inputs.caching.num_samples)}")
-    for planned in inputs.stages:
-        memory = estimated(planned)
-        size = f"{memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters"
-        adapters = f", and {memory.trained:,} that train" if planned.stage.lora is not None else ""
-        if len(recipe.stages) > 1:
-            console.print(f"\nstage {planned.number + 1} of {len(recipe.stages)}")
-        console.print(f"{planned.title}: {size}{adapters}")
-        rows = [[part, gib(size)] for part, size in memory.parts().items()]
-        console.print("memory of a step's tensors; `bkd bench train` measures it with all that comes on top:")
-        console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))
-        _show_work(planned.train, inputs.caching.num_samples)
-        kept = planned.train.keep_checkpoints + 1  # one more while the next is written
-        console.print(
-            f"disk: {kept} checkpoints of {gib(memory.checkpoint)} GiB, student {gib(memory.student_file)} GiB + the "
-            "teacher's other parts"
-        )
+    counted = [estimated(planned) for planned in inputs.stages]
+    largest = max(range(len(counted)), key=lambda number: counted[number].total)
+    if len(counted) > 1:
+        _show_stages(inputs.stages, counted)
+        console.print(f"stage {largest + 1} takes the most:")
+    _show_memory(inputs.stages[largest], counted[largest])
+    if len(counted) == 1:
+        _show_work(recipe.last_train, inputs.caching.num_samples)
+    _show_disk(recipe, counted)
+    for planned, memory in zip(inputs.stages, counted, strict=True):
         show_advice(name, planned, memory)
+
+
+def _show_stages(stages: Sequence[PlannedStage], counted: Sequence[TrainingMemory]) -> None:
+    """A line for each of several."""
+    rows = [
+        (
+            str(planned.number + 1),
+            planned.title,
+            f"{memory.parameters:,}",
+            f"{memory.trained:,}",
+            gib(memory.total),
+            f"{planned.train.max_steps:,}",
+            f"{planned.train.batch} in {planned.train.grad_accum}",
+            f"{planned.train.max_steps * planned.train.batch:,}",
+        )
+        for planned, memory in zip(stages, counted, strict=True)
+    ]
+    header = ("stage", "", "parameters", "trained", "GiB", "steps", "batch in passes", "images")
+    console.print(table("", header, rows, left=(1,)))
+
+
+def _show_memory(planned: PlannedStage, memory: TrainingMemory) -> None:
+    size = f"{memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters"
+    adapters = f", and {memory.trained:,} that train" if planned.stage.lora is not None else ""
+    console.print(f"{planned.title}: {size}{adapters}")
+    rows = [[part, gib(size)] for part, size in memory.parts().items()]
+    console.print("memory of a step's tensors; `bkd bench train` measures it with all that comes on top:")
+    console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))
+
+
+def _show_disk(recipe: Recipe, counted: Sequence[TrainingMemory]) -> None:
+    *_, last = counted
+    kept, students = recipe.train.keep_checkpoints, sum(memory.student_file for memory in counted)
+    if len(counted) == 1:  # one more while the next is written
+        size = f"{kept + 1} checkpoints of {gib(last.checkpoint)} GiB, student {gib(last.student_file)} GiB"
+    else:
+        checkpoints = kept * sum(memory.checkpoint for memory in counted) + last.checkpoint
+        size = f"checkpoints {gib(checkpoints)} GiB, {len(counted)} students {gib(students)} GiB"
+    console.print(f"disk: {size} + the teacher's other parts{' for each' if len(counted) > 1 else ''}")
 
 
 def _counted_samples(num_samples: int | None) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from bkd.cli.console import console, prepare
+
+if TYPE_CHECKING:
+    from bkd.guidance import StudentKind
 
 
 def report(
@@ -46,7 +49,7 @@ def export(
     require_finished(RunFolder(run))  # before imports that take seconds
     prepare()
     from bkd.export import export_lora, export_pipeline
-    from bkd.guidance import one_pass_guidance
+    from bkd.model_facts import model_facts
     from bkd.models import DTYPES
 
     console.print("checking, writing and reloading …")
@@ -55,9 +58,23 @@ def export(
             RunFolder(run), output, DTYPES[one_of(dtype or "float32", DTYPES, kind="dtype")], overwrite=overwrite
         )
         console.print(f"done: {output} is a stock diffusers pipeline folder")
-        guidance = one_pass_guidance(output)
+        _show_use(model_facts(output).kind)
     else:
-        guidance = export_lora(RunFolder(run), output, overwrite=overwrite)
+        used = export_lora(RunFolder(run), output, overwrite=overwrite)
         console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(run).recipe().teacher.id}")
-    if guidance is not None and not guidance.takes_scale:
-        console.print(f"it holds guidance_scale {guidance}: call the pipeline with guidance_scale=1.0")
+        _show_use(used, scheduler=run / "student" / "scheduler")
+
+
+def _show_use(kind: StudentKind, scheduler: Path | None = None) -> None:
+    """How a pipeline is to be called, where that is not as usual.
+
+    Args:
+        kind: What was handed on.
+        scheduler: Where the scheduler is that draws with it, if the pipeline has another.
+    """
+    if kind.guidance is not None and not kind.guidance.takes_scale:
+        console.print(f"it holds guidance_scale {kind.guidance}: call the pipeline with guidance_scale=1.0")
+    if kind.few_steps is not None:
+        steps = f"num_inference_steps={kind.few_steps.stock_steps}"
+        its = "" if scheduler is None else f" and the scheduler of {scheduler}"
+        console.print(f"it was halved to {kind.few_steps}: call the pipeline with {steps}{its}")

@@ -11,7 +11,7 @@ from bkd.data.shapes import EMBEDDED
 from bkd.errors import ModelError
 from bkd.eval.generate import Drawing, generate
 from bkd.few_steps import few_steps, require_steps
-from bkd.guidance import one_pass_guidance, pipeline_scale
+from bkd.guidance import nearest_scale, pipeline_scale
 from bkd.locate import is_folder, locate
 from bkd.models import best_device, load_pipeline
 from bkd.output_folder import require_free
@@ -32,18 +32,21 @@ def drawing_settings(
         steps: As asked.
         guidance: As asked.
         suite: What is drawn for.
-        alone: Whether no other model is drawn with, so that the model's own steps come before its run's.
+        alone: Whether no other model is drawn with, so that what it knows itself comes before what its run says.
     """
     run = RunFolder(Path(model))
     if run.facts_file.is_file():
         samples = run.recipe().samples
         usual = (samples.num_inference_steps, samples.guidance_scale)
+        own = alone
     else:
         usual = EMBEDDED_DRAWING if EMBEDDED in (model, suite) else USUAL_DRAWING
-        if guidance is None and is_folder(model) and (known := one_pass_guidance(locate(model, weights=False))):
-            guidance = known.nearest(usual[1])
-    if alone and steps is None and is_folder(model) and (few := few_steps(locate(model, weights=False))):
-        steps = few.num_inference_steps
+        own = is_folder(model)
+    if own:
+        folder = locate(model, weights=False)
+        guidance = guidance or nearest_scale(folder, usual[1])
+        if alone and steps is None and (few := few_steps(folder)):
+            steps = few.num_inference_steps
     return steps or usual[0], guidance or usual[1]
 
 
