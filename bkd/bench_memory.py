@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bkd.bench import SimulatedSamples
 from bkd.environment import process_peak
-from bkd.errors import RecipeError
+from bkd.errors import BkdError, RecipeError
 from bkd.live_bytes import LiveBytes, as_fake, distinct_bytes
 from bkd.locate import locate
 from bkd.methods.base import Method, map_tensors
@@ -85,8 +85,8 @@ def compare_memory(recipe: Recipe, batches: Sequence[int], *, count: bool, phase
     own = recipe.teacher
     teacher = locate(own.id, revision=own.revision, config=own.config, weights=not count)
     stages = memory_stages(recipe.stages[0])
-    for stage in stages.values():
-        check_stages(replace(recipe, stages=(stage,)), teacher)
+    check_stages(replace(recipe, stages=recipe.stages[:1]), teacher)
+    impossible = {name: why for name, stage in stages.items() if (why := _impossible(recipe, stage, teacher))}
     if count and recipe.train.optimizer == "adamw-8bit":
         raise RecipeError(
             "8-bit states cannot be counted",
@@ -99,6 +99,9 @@ def compare_memory(recipe: Recipe, batches: Sequence[int], *, count: bool, phase
     for batch, rows in found.items():
         for name, stage in stages.items():
             phase(f"{name}, {batch} images")
+            if name in impossible:
+                rows[name] = {"skipped": impossible[name]}
+                continue
             one = for_one_pass(recipe, stage, batch)
             rows[name] = count_memory(one, teacher) if count else measure_memory(one)
     device = best_device()
@@ -109,6 +112,15 @@ def compare_memory(recipe: Recipe, batches: Sequence[int], *, count: bool, phase
         "optimizer": recipe.train.optimizer,
         "batches": found,
     }
+
+
+def _impossible(recipe: Recipe, stage: Stage, teacher: Path) -> str | None:
+    """Why there is no such row: what is compared with was not asked for, and may not fit."""
+    try:
+        check_stages(replace(recipe, stages=(stage,)), teacher)
+    except BkdError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def for_one_pass(recipe: Recipe, stage: Stage, batch: int) -> Recipe:

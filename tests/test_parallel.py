@@ -123,3 +123,28 @@ def test_a_sharded_run_leaves_what_any_run_leaves(shards, cache, tmp_path):
 
     student = UNet2DConditionModel.from_pretrained(run / "student", subfolder="unet")
     assert student.num_parameters() == 2_245_380
+
+
+def test_a_run_of_several_stages_is_the_same_on_two_processes(bkd, shards, tmp_path, monkeypatch):
+    """Every process takes up the student that the first one wrote, as the teacher of the next stage."""
+    recipe = tmp_path / "chain.yaml"
+    recipe.write_text("""
+teacher: {id: shapes}
+train: {batch: 8, lr: 1e-3, max_steps: 2, ema: 0.5, optimizer: sgd, trackers: []}
+stages:
+  - student: {blocks: sd-tiny}
+    method: {name: kd}
+  - method: {name: guided, guidance_scale: [1, 8]}
+  - method: {name: halving, num_inference_steps: [2, 1]}
+samples: {num_inference_steps: 2, guidance_scale: 3.0}
+""")
+    arguments = ["train", recipe, f"data.shards={shards[0].parent}", "-o"]
+    monkeypatch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
+    code, printed = bkd(*arguments, tmp_path / "one")
+    assert code == 0, printed
+    done = launch("fsdp2", 2, tmp_path, "bkd", *arguments, tmp_path / "two")
+    assert done.stdout.count("stage 3 of 3: training halving 2 to 1 step") == 1
+    for folder in ("stages/00-kd/student", "stages/01-guided/student", "student"):
+        one, two = (load_file(next((tmp_path / run / folder / "unet").glob("*.safetensors"))) for run in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
