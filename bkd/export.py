@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from bkd.errors import ModelError
-from bkd.few_steps import few_steps
 from bkd.files import replace_file
-from bkd.guidance import StudentKind, one_pass_guidance
+from bkd.guidance import StudentKind
 from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import scaled_tensors
@@ -118,7 +117,7 @@ def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> Stu
     adapter.put_on(student)
     tensors = {f"unet.{name}": tensor for name, tensor in scaled_tensors(student).items()}
     _write(output, tensors, teacher, student)
-    return StudentKind(one_pass_guidance(run.student), None, few_steps(run.student))
+    return StudentKind.of(run.student)
 
 
 def _require_expressible(run: RunFolder, adapter: Adapter, teacher: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bkd.errors import ModelError
-from bkd.few_steps import FewSteps
+from bkd.few_steps import FewSteps, few_steps
 from bkd.model_folder import read_json, unet_config
 from bkd.surgery.plan import PLAN_FILE
 from bkd.terms import PredictionType
@@ -79,6 +79,18 @@ class StudentKind:
     guidance: OnePassGuidance | None = None
     prediction_type: PredictionType | None = None
     few_steps: FewSteps | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> StudentKind:
+        """What a pipeline folder says of itself."""
+        return cls(one_pass_guidance(folder), None, few_steps(folder))
+
+    def facts(self) -> dict[str, Any]:
+        """For a plan file."""
+        return {
+            "guidance": self.guidance.facts() if self.guidance else None,
+            "few_steps": self.few_steps.facts() if self.few_steps else None,
+        }
 
     def pipeline_scale(self, asked: float, model: object) -> float:
         """See `OnePassGuidance.pipeline_scale`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bkd.cost import UNetCost, unet_cost
 from bkd.errors import SurgeryError
-from bkd.guidance import one_pass_guidance
+from bkd.guidance import StudentKind
 from bkd.model_folder import model_digest, prompt_length, unet_config
 from bkd.models import load_unet
 from bkd.output_folder import check_output
@@ -111,7 +111,7 @@ def prune(
         "teacher_revision": revision,
         "teacher_digest": digest,
         "teacher_plan": plan_facts(teacher),
-        "guidance": known.facts() if (known := one_pass_guidance(teacher)) else None,
+        **StudentKind.of(teacher).facts(),
         "cost_before": asdict(pruning.before),
         "cost_after": asdict(pruning.after),
     }

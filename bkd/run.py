@@ -226,6 +226,8 @@ def run_recipe(
         teacher = inputs.teacher
         for planned in inputs.stages:
             folder = student_folder(run, recipe, planned.number)
+            if planned.number and stop.requested and parallel.kind == "alone":
+                raise Interrupted  # the next stage would load for a while first
             if not parallel.agree(is_trained(folder, planned.train.max_steps)):
                 StageRun(job, planned, teacher, pipe or load_pipeline(teacher)).train()
                 run.record(replaced_samples=dict(data.replaced))

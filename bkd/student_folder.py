@@ -99,11 +99,7 @@ def write_student(
     Raises:
         ModelError: If the reloaded student computes something else.
     """
-    known = {
-        "guidance": kind.guidance.facts() if kind.guidance else None,
-        "few_steps": kind.few_steps.facts() if kind.few_steps else None,
-    }
-    with new_student_folder(folder, teacher=teacher, plan=plan, facts={**facts, **known}) as unfinished:
+    with new_student_folder(folder, teacher=teacher, plan=plan, facts={**facts, **kind.facts()}) as unfinished:
         _write_scheduler(unfinished, kind)
         unet.save_pretrained(unfinished / "unet", safe_serialization=True)
         check_reload(unfinished, probe_output(unet))

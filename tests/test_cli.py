@@ -352,8 +352,10 @@ def test_models_of_the_same_name_stay_apart(teacher_folder, tmp_path):
 
     from bkd.eval.candidates import name_candidates
 
-    folders = [str(shutil.copytree(teacher_folder, tmp_path / name / "student")) for name in ("a", "b")]
+    folders = [str(shutil.copytree(teacher_folder, tmp_path / name / "pruned")) for name in ("a", "b")]
     assert [named.name for named in name_candidates([*folders], "shapes")] == ["teacher", *folders]
+    students = [str(shutil.copytree(teacher_folder, tmp_path / name / "student")) for name in ("a", "b")]
+    assert [named.name for named in name_candidates([*students], "shapes")] == ["teacher", "a", "b"]
 
 
 def test_a_corrupt_shard_stops_before_the_run_starts(bkd, tmp_path, shards):

@@ -302,3 +302,8 @@ def test_what_is_handed_on_says_how_many_steps_it_takes(bkd, train, chain, monke
     chained = text.replace("[4, 2]", "[4, 1]")
     code, printed = bkd("export", train("loras", chained), "--format", "lora", "-o", tmp_path / "one.safetensors")
     assert code == 1 and "adapters of stage 2, over the student of stage 1" in printed
+
+
+def test_a_pruned_student_still_knows_its_steps(bkd, stochastic, without_reload, tmp_path):
+    assert bkd("prune", stochastic / "student", "--blocks", "sd-tiny", "-o", tmp_path / "tiny")[0] == 0
+    assert few_steps(tmp_path / "tiny") == FewSteps(4, "stochastic")

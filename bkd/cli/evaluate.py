@@ -64,7 +64,7 @@ def edit(
     ] = 50,
     overwrite: Annotated[bool, typer.Option(help="Replace the output file.")] = False,
 ) -> None:
-    """Change what an image shows: encode it with one prompt or model, decode the noise with another."""
+    """Encode an image with one prompt or model, decode with another."""
     prepare(encoder, decoder)
     from bkd.edit import Half, edit_image
 

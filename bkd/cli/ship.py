@@ -49,7 +49,7 @@ def export(
     require_finished(RunFolder(run))  # before imports that take seconds
     prepare()
     from bkd.export import export_lora, export_pipeline
-    from bkd.model_facts import model_facts
+    from bkd.guidance import StudentKind
     from bkd.models import DTYPES
 
     console.print("checking, writing and reloading …")
@@ -58,7 +58,7 @@ def export(
             RunFolder(run), output, DTYPES[one_of(dtype or "float32", DTYPES, kind="dtype")], overwrite=overwrite
         )
         console.print(f"done: {output} is a stock diffusers pipeline folder")
-        _show_use(model_facts(output).kind)
+        _show_use(StudentKind.of(output))
     else:
         used = export_lora(RunFolder(run), output, overwrite=overwrite)
         console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(run).recipe().teacher.id}")
