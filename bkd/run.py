@@ -30,7 +30,6 @@ from bkd.run_folder import RunFolder, is_trained
 from bkd.stage import Job, Listener, StageRun, require_same_start, student_folder
 from bkd.stage_plan import PlannedStage, plan_stages
 from bkd.surgery.build import build_empty
-from bkd.surgery.sites import check_pairs
 from bkd.training.checkpoint import newest_shapes, require_fitting
 from bkd.training.fit import require_enough
 from bkd.training.parallel import Parallel, start_parallel
@@ -97,8 +96,6 @@ def check_stages(recipe: Recipe, teacher: Path) -> tuple[PlannedStage, ...]:
     for planned in stages:
         if recipe.samples.prompts:
             planned.kind.pipeline_scale(recipe.samples.guidance_scale, "samples.guidance_scale")
-        if (sites := planned.stage.method.compared) is not None:
-            check_pairs(planned.teacher.unet, planned.plan, planned.plan.feature_pairs[sites])
     return stages
 
 

@@ -24,6 +24,7 @@ from bkd.schedulers import ODE_SCHEDULERS
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plans
 from bkd.surgery.recognise import recognise
+from bkd.surgery.sites import check_pairs
 from bkd.surgery.unet import plan_removal
 from bkd.terms import PredictionType
 
@@ -88,6 +89,8 @@ def plan_stages(recipe: Recipe, teacher: ModelFacts, side: int) -> tuple[Planned
     for number, stage in enumerate(recipe.stages):
         try:
             plan = plan_stage(teacher, stage).at_size(side, teacher.unet["sample_size"])
+            if (sites := stage.method.compared) is not None:
+                check_pairs(teacher.unet, plan, plan.feature_pairs[sites])
         except BkdError as error:
             raise _of_stage(error, number) from error
         planned.append(
