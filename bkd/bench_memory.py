@@ -33,8 +33,9 @@ from bkd.model_folder import native_resolution, parts_of, read_json, unet_config
 from bkd.models import autocast, best_device, describe_device, load_pipeline, training_dtype
 from bkd.progress import Phase
 from bkd.recipe.load import dump_recipe, load_recipe
+from bkd.recipe.lora import Lora
 from bkd.recipe.schema import Recipe, Train
-from bkd.recipe.stages import WHOLE, Finetune, Lora, Stage, Student
+from bkd.recipe.stages import WHOLE, Finetune, Stage, Student
 from bkd.rng import StepRng
 from bkd.run import check_stages
 from bkd.stage_setup import assemble, place_networks

@@ -27,7 +27,7 @@ from bkd.models import best_device, describe_device, load_noise_schedule, load_p
 from bkd.progress import Progress, silent
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder, is_trained
-from bkd.stage import Job, Listener, StageRun, require_same_start, student_folder
+from bkd.stage import Job, Listener, StageRun, require_same_start
 from bkd.stage_plan import PlannedStage, plan_stages
 from bkd.surgery.build import build_empty
 from bkd.training.checkpoint import newest_shapes, require_fitting
@@ -221,8 +221,7 @@ def run_recipe(
         _record_facts(recipe, run, data, parallel)
         job = Job(recipe, run, data, parallel, listener, stop, force)
         teacher = inputs.teacher
-        for planned in inputs.stages:
-            folder = student_folder(run, recipe, planned.number)
+        for planned, folder in zip(inputs.stages, run.students(recipe), strict=True):
             if planned.number and stop.requested and parallel.kind == "alone":
                 raise Interrupted  # the next stage would load for a while first
             if not parallel.agree(is_trained(folder, planned.train.max_steps)):

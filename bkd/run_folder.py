@@ -77,6 +77,11 @@ class RunFolder:
         """The reports of measurements that are there."""
         return [path for suite in SUITES if (path := self.eval / f"{suite}.json").is_file()]
 
+    def students(self, recipe: Recipe) -> tuple[Path, ...]:
+        """Where each stage's student goes: the last one's is the run's."""
+        names = [f"{number:02d}-{stage.folder_name}" for number, stage in enumerate(recipe.stages)]
+        return (*(self.path / "stages" / name / "student" for name in names[:-1]), self.student)
+
     def checkpoints(self, stage: int) -> Path:
         return self.path / "checkpoints" / f"{stage:02d}"
 

@@ -77,7 +77,7 @@ def stock_scheduler(known: Mapping[str, Any], few: FewSteps) -> SchedulerMixin:
 
     DDIM's step goes to t - T // N, which is the next point of the grid where N divides T only. A first-order
     DPM-Solver++ is the same rotation and goes to the next point whatever N is; but at zero terminal SNR, where it takes
-    the square of alpha for 2^-24, it is right to 5e-4 only.
+    the square of alpha for 2^-24, it is right to 2e-3 only.
 
     Args:
         known: A scheduler's configuration.

@@ -24,7 +24,7 @@ from bkd.models import load_unet, training_dtype
 from bkd.progress import Progress, silent
 from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
-from bkd.recipe.stages import Halving, Stage
+from bkd.recipe.stages import Stage
 from bkd.run_folder import RunFolder
 from bkd.stage_plan import PlannedStage
 from bkd.stage_setup import build_method, start_student
@@ -102,7 +102,7 @@ class StageRun:
         """To the last step, and leave a student folder."""
         job = self._job
         of_stages = f"stage {self._number + 1} of {len(job.recipe.stages)}: " if len(job.recipe.stages) > 1 else ""
-        job.listener.phase(f"{of_stages}training {self._planned.title} on {job.parallel}")
+        job.listener.phase(f"{of_stages}training {self._stage.title} on {job.parallel}")
         if job.parallel.is_main and (job.parallel.kind == "fsdp2" or self._stage.method.name == "finetune"):
             # In shards it could draw only with all processes together, and what is fine-tuned is no longer the same.
             self._pictures.draw_teacher()
@@ -215,14 +215,16 @@ class StageRun:
         self._require_same_teacher()
         if self._stage.lora is not None:
             require_same_start(job.run, self._stage, force=job.force)
-        output = student_folder(job.run, job.recipe, self._number)
+        students = job.run.students(job.recipe)
+        output = students[self._number]
         if self._stage.lora is None:
             stock = student.to("cpu", memory_format=torch.contiguous_format)
         else:
             trained = {name: student.get_parameter(name).detach().cpu() for name in self._adapted}
             stock = merged(self._rebuilt(trained))  # onto the teacher's weights as they are stored
+        before = students[self._number - 1].relative_to(job.run.path)
         facts = {
-            "teacher": job.recipe.teacher.id if self._number == 0 else student_name(job.recipe, self._number - 1),
+            "teacher": str(before) if self._number else job.recipe.teacher.id,
             "teacher_digest": self._digest,
             "teacher_plan": plan_facts(self._teacher),
             "steps": self._planned.train.max_steps,
@@ -257,17 +259,3 @@ def require_same_start(run: RunFolder, stage: Stage, *, force: bool) -> None:
     """
     if stage.student.path is not None and run.writes:
         run.require_same("starting_student_digest", model_digest(locate(stage.student.path)), force=force)
-
-
-def student_folder(run: RunFolder, recipe: Recipe, number: int) -> Path:
-    """Where a stage's student goes: the last one's is the run's."""
-    if number == len(recipe.stages) - 1:
-        return run.student
-    return run.path / student_name(recipe, number)
-
-
-def student_name(recipe: Recipe, number: int) -> str:
-    """Of the folder of an earlier stage's student, inside the run."""
-    method = recipe.stages[number].method
-    steps = f"-{method.num_inference_steps[1]}" if isinstance(method, Halving) else ""
-    return f"stages/{number:02d}-{method.name}{steps}/student"

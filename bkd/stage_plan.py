@@ -65,14 +65,6 @@ class PlannedStage:
         """What is known of its student."""
         return self.teacher.student(f"the student of stages.{self.number}", self.plan, self.kind)
 
-    @property
-    def title(self) -> str:
-        """For people."""
-        method, few = self.stage.method, self.kind.few_steps
-        if isinstance(method, Halving):
-            return f"halving {method.num_inference_steps[0]} to {few}"
-        return f"{method.name}, {self.stage.student.described}" if self.number else self.stage.student.described
-
 
 def plan_stages(recipe: Recipe, teacher: ModelFacts, side: int) -> tuple[PlannedStage, ...]:
     """All stages of a recipe, each with the student of the one before as its teacher.
@@ -222,8 +214,7 @@ def student_kind(stage: Stage, teacher: ModelFacts) -> StudentKind:
     if isinstance(method, Guided):
         return StudentKind(OnePassGuidance(*method.scales, method.takes_scale), _other_type(method, teacher))
     if isinstance(method, Halving):
-        few = FewSteps(method.num_inference_steps[1], method.sampler, method.direction)
-        return StudentKind(teacher.guidance, _other_type(method, teacher), few)
+        return StudentKind(teacher.guidance, _other_type(method, teacher), method.few_steps)
     return StudentKind(teacher.guidance)
 
 

@@ -13,7 +13,8 @@ from bkd.data.latent_set import LatentSet
 from bkd.locate import locate
 from bkd.lora.adapters import add_adapters
 from bkd.models import load_pipeline
-from bkd.recipe.stages import Lora, Loss
+from bkd.recipe.lora import Lora
+from bkd.recipe.stages import Loss
 from bkd.surgery.build import build_student
 from bkd.surgery.unet import plan_removal
 from bkd.training.parallel import start_parallel

@@ -191,9 +191,15 @@ def test_models_of_different_steps_are_measured_side_by_side(bkd, chain, tmp_pat
     assert code == 0, printed
     found = json.loads((tmp_path / "out" / "shapes.json").read_text())["models"]
     rows = {row["name"]: (row["num_inference_steps"], row["passes_a_step"]) for row in found}
-    assert rows == {"teacher": (2, 2), "chain": (4, 1), "01-guided": (2, 1)}
+    earlier = {"chain untrained": (2, 2), "chain/00-kd": (2, 2), "chain/02-halving-8": (8, 1)}
+    assert rows == {"teacher": (2, 2), **earlier, "chain": (4, 1), "01-guided": (2, 1)}
     assert "4 x 1" in printed and "MACs an image" in printed
-    assert bkd("report", chain)[0] == 0 and "stage 4: halving_loss" in (chain / "report.html").read_text()
+    assert bkd("report", chain)[0] == 0
+    page = (chain / "report.html").read_text()
+    titles = ["sd-tiny by kd", "all blocks by guided", "halving 16 to 8 steps", "halving 8 to 4 steps"]
+    assert all(f"Stage {number} of 4: {title}" in page for number, title in enumerate(titles, 1))
+    assert page.count("removed: ") == 1 and page.count("halving_loss</figcaption>") == 2
+    assert page.count('alt="validation prompts') == 4 and "student in stages/02-halving-8/student" in page
 
 
 def test_another_sampler_for_a_model_of_any_number_of_steps(bkd, tmp_path):

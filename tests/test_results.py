@@ -29,7 +29,7 @@ from bkd.locate import locate
 from bkd.model_facts import model_facts
 from bkd.model_folder import unet_config
 from bkd.recipe.load import load_recipe
-from bkd.stage import student_name
+from bkd.run_folder import RunFolder
 from bkd.stage_plan import plan_stage
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.presets import PRESETS
@@ -173,9 +173,7 @@ def halved(tmp_path, teacher_folder):
     for made in (steps.trainings, steps.later_trainings):
         for training in made(tmp_path, 0).values():
             recipe = load_recipe(training.recipe, list(training.overrides))
-            for number, stage in enumerate(recipe.stages):
-                last = number == len(recipe.stages) - 1
-                folder = training.folder / ("student" if last else student_name(recipe, number))
+            for stage, folder in zip(recipe.stages, RunFolder(training.folder).students(recipe), strict=True):
                 folder.mkdir(parents=True)
                 few = stage.method.name == "halving" and {"num_inference_steps": stage.method.num_inference_steps[1]}
                 (folder / PLAN_FILE).write_text(json.dumps({**plan, "few_steps": few or None}))

@@ -11,7 +11,7 @@ from bkd.errors import BkdError
 from bkd.lora.adapter_file import Adapter
 from bkd.lora.adapters import add_adapters, merged, require_adaptable, scaled_tensors, trained_tensors, unshared
 from bkd.models import load_pipeline, load_unet
-from bkd.recipe.stages import Lora
+from bkd.recipe.lora import Lora
 from bkd.surgery.build import build_student
 from bkd.surgery.probe import as_arguments, unet_inputs
 from bkd.surgery.unet import plan_removal

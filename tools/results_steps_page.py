@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from measures import NUM_RESAMPLES, Interval, Section, mean, shown, table
 from numpy.typing import NDArray
 from results_steps_measures import NUM_REFERENCE, Edited, accuracy, correct, distance, diversity, edited, fid
+from results_steps_pictures import save_drawn, save_edited
 from results_steps_runs import (
     COUNTS,
     EDIT_COUNTS,
@@ -67,6 +68,9 @@ STYLES = {
 SAMPLER_NAMES = dict(zip(SAMPLERS, list(STYLES)[:3], strict=True))
 
 
+FID_TICKS = (1, 2, 4, 8)
+
+
 @dataclass(frozen=True)
 class Line:
     """A way to draw, at several numbers of UNet calls: for each, the files of its seeds."""
@@ -95,6 +99,10 @@ def _seeds(folder: Path, seeds: int, *parts: object) -> list[Path]:
 
 def shares(paths: Sequence[Path], of: Callable[[Edited], NDArray[np.int64]], kind: str = "color") -> str:
     return shown(mean(np.stack([of(edited(path, kind)) for path in paths])))
+
+
+def in_steps(steps: int) -> str:
+    return f"{steps} step{'s' * (steps != 1)}"
 
 
 def setup_text(seeds: int) -> list[str]:
@@ -168,12 +176,12 @@ def edits_text(folder: Path, seeds: int) -> list[str]:
         "back again": lambda e: e.again,
     }
     rows = []
-    for steps in (*EDIT_COUNTS, FULL_STEPS):
+    for steps in (FULL_STEPS, *EDIT_COUNTS):
         paths = [place(folder, None, "edit", steps)]
-        rows.append([f"teacher, {steps} steps", *(shares(paths, of) for of in measures.values())])
+        rows.append([f"teacher, {in_steps(steps)}", *(shares(paths, of) for of in measures.values())])
     for steps in EDIT_COUNTS:
         paths = _seeds(folder, seeds, "edit", steps)
-        rows.append([f"distilled, {steps} steps", *(shares(paths, of) for of in measures.values())])
+        rows.append([f"distilled, {in_steps(steps)}", *(shares(paths, of) for of in measures.values())])
     theme = [
         [title, *(shares(_seeds(folder, seeds, "theme", steps), of, "theme") for of in measures.values())]
         for title, steps in ((f"teacher, {FULL_STEPS} steps", FULL_STEPS), (f"distilled, {FEW} steps", FEW))
@@ -217,6 +225,8 @@ def chart(path: Path, folder: Path, found: Sequence[Line], seeds: int) -> str:
     left.set(title=f"caption accuracy, {CONFIDENCE:.0%} interval", ylim=(0, 102))
     left.yaxis.set_major_formatter("{x:.0f} %")
     right.set(title="shapes-FID, least to greatest of the seeds", yscale="log")
+    right.set_yticks(FID_TICKS, map(str, FID_TICKS))
+    right.minorticks_off()
     full = [place(folder, None, "ddim", FULL_STEPS)]
     for axes, value in ((left, accuracy(full).value), (right, fid(full).value)):
         axes.axhline(value, color="#000000", linewidth=0.8, linestyle=":", label=f"teacher, {2 * FULL_STEPS} calls")
@@ -255,17 +265,21 @@ def figures(found: Sequence[Line]) -> str:
 
 
 def training_text(folder: Path, seeds: int) -> list[str]:
-    """How long each took, of the first seed."""
-    made = {**runs.trainings(folder, 0), **runs.later_trainings(folder, 0)}
+    """How long each took: by stage, of the fastest seed, which was disturbed the least."""
+    made = [{**runs.trainings(folder, seed), **runs.later_trainings(folder, seed)} for seed in range(seeds)]
     rows = []
-    for name, training in made.items():
-        facts: dict[str, Any] = json.loads((training.folder / "run.json").read_text())
-        taken = [value for key, value in sorted(facts.items()) if key.endswith("_seconds")]
+    for name in made[0]:
+        taken = np.min([_stage_seconds(one[name].folder) for one in made], axis=0)
         rows.append([name, " + ".join(f"{seconds:.0f}" for seconds in taken), f"{sum(taken):.0f}"])
     return [
-        "Training time of the first seed, in seconds of one thread:",
+        "Training time in seconds of one thread, of each stage the least of the seeds:",
         table(["student", "stages", "together"], rows),
     ]
+
+
+def _stage_seconds(run: Path) -> list[float]:
+    facts: dict[str, Any] = json.loads((run / "run.json").read_text())
+    return [value for key, value in sorted(facts.items()) if key.endswith("_seconds")]
 
 
 def require_done(paths: Iterable[Path]) -> None:
@@ -290,9 +304,11 @@ def main() -> None:
     write_atomically(args.output / "results-steps.csv", figures(found))
     print("measured by calls", file=sys.stderr)
     picture = chart(args.output / "images" / "results-steps.png", folder, found, seeds)
-    parts = [*setup_text(seeds), "#### UNet calls", picture, *calls_text(folder, found)]
+    drawn_picture = save_drawn(args.output / "images" / "results-steps-drawn.png", folder)
+    parts = [*setup_text(seeds), "#### UNet calls", picture, *calls_text(folder, found), drawn_picture]
     parts += [f"#### Guidance at {FEW} steps", *scales_text(folder, seeds)]
-    parts += ["#### Edits", *edits_text(folder, seeds), *training_text(folder, seeds)]
+    edited_picture = save_edited(args.output / "images" / "results-steps-edited.png", folder)
+    parts += ["#### Edits", *edits_text(folder, seeds), edited_picture, "#### Time", *training_text(folder, seeds)]
     section.write(parts)
 
 

@@ -42,7 +42,7 @@ def _show_stages(stages: Sequence[PlannedStage], counted: Sequence[TrainingMemor
     rows = [
         (
             str(planned.number + 1),
-            planned.title,
+            planned.stage.title,
             f"{memory.parameters:,}",
             f"{memory.trained:,}",
             gib(memory.total),
@@ -59,7 +59,7 @@ def _show_stages(stages: Sequence[PlannedStage], counted: Sequence[TrainingMemor
 def _show_memory(planned: PlannedStage, memory: TrainingMemory) -> None:
     size = f"{memory.parameters:,} of {memory.teacher_parameters:,} UNet parameters"
     adapters = f", and {memory.trained:,} that train" if planned.stage.lora is not None else ""
-    console.print(f"{planned.title}: {size}{adapters}")
+    console.print(f"{planned.stage.title}: {size}{adapters}")
     rows = [[part, gib(size)] for part, size in memory.parts().items()]
     console.print("memory of a step's tensors; `bkd bench train` measures it with all that comes on top:")
     console.print(table("", ["part", "GiB"], [*rows, ["together", gib(memory.total)]]))

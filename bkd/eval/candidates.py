@@ -1,9 +1,9 @@
-"""Which models an `eval` command means: a run stands for its teacher, its untrained student and its student."""
+"""Which models an `eval` command means: a run stands for its teacher, its untrained student and its students."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,13 +69,12 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
         ModelError: If a model does not exist, or a run's teacher is not the one that was named.
     """
     found = [Named("teacher", locate(teacher))] if teacher is not None else []
-    given: set[Path] = set()
+    given = {locate(model).resolve() for model in models}
     for model, label in zip(models, _labels(models), strict=True):
         run = RunFolder(Path(model))
         if run.facts_file.is_file():
             require_finished(run)
         folder = locate(model)
-        given.add(folder.resolve())
         if not run.facts_file.is_file():
             found.append(Named(label, folder))
             continue
@@ -84,21 +83,26 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
         if not known:
             origin = run.recipe().origin
             found.append(Named(f"{origin} of {label}" if found else origin, original))
-        found += [*_untrained(f"{label} untrained", run, original, folder), Named(label, folder)]
+        found += [*_untrained(f"{label} untrained", run, original), *_earlier(label, run, given), Named(label, folder)]
     names = [named.name for named in found]
     if len(set(names)) < len(found) or len(given) < len(models):
         raise ModelError("the same model is named twice", got=", ".join(names), remedy="name each model once")
     return found
 
 
-def _untrained(name: str, run: RunFolder, teacher: Path, student: Path) -> list[Named]:
+def _untrained(name: str, run: RunFolder, teacher: Path) -> list[Named]:
     """What a run started from, where that is not its teacher itself."""
-    stages = run.recipe().stages
-    if len(stages) > 1:  # the student is not what the last of them made of the run's teacher
-        return []
-    if (start := stages[0].student.path) is not None:
+    recipe = run.recipe()
+    if (start := recipe.stages[0].student.path) is not None:
         return [Named(name, locate(start))]
-    return [] if load_plan(student).changes_nothing else [Named(name, teacher, pruned_like=student)]
+    first = run.students(recipe)[0]
+    return [] if load_plan(first).changes_nothing else [Named(name, teacher, pruned_like=first)]
+
+
+def _earlier(label: str, run: RunFolder, given: Container[Path]) -> list[Named]:
+    """The students of all stages but the last, where they are not given themselves."""
+    folders = run.students(run.recipe())[:-1]
+    return [Named(f"{label}/{folder.parent.name}", folder) for folder in folders if folder.resolve() not in given]
 
 
 def _labels(models: Sequence[str]) -> list[str]:

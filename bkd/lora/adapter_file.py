@@ -18,7 +18,7 @@ from torch import Tensor
 from bkd.errors import ModelError
 from bkd.files import replace_file
 from bkd.lora.adapters import add_adapters, trained_tensors
-from bkd.recipe.stages import Lora
+from bkd.recipe.lora import Lora
 from bkd.surgery.plan import RemovalPlan
 
 ADAPTER_FILE = "adapter.safetensors"

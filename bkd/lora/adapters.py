@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from bkd.errors import SurgeryError, suggest
-from bkd.recipe.stages import Lora
+from bkd.recipe.lora import Lora
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import GUIDANCE_INPUT, RemovalPlan
 

@@ -9,8 +9,9 @@ from bkd.data.captions import CaptionSource
 from bkd.data.filters import parse_filter
 from bkd.environment import shards_networks
 from bkd.errors import DataError
+from bkd.recipe.lora import Lora
 from bkd.recipe.schema import Recipe, Train
-from bkd.recipe.stages import Guided, Halving, Kd, Lora, Stage, Student
+from bkd.recipe.stages import Guided, Halving, Kd, Stage, Student
 
 
 def conflicts(recipe: Recipe) -> list[str]:

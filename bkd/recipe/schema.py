@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from bkd.recipe.stages import FORBID_UNKNOWN, LrSchedule, Stage, StageTrain
+from bkd.recipe.lora import FORBID_UNKNOWN
+from bkd.recipe.stages import LrSchedule, Stage, StageTrain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Tag
 
+from bkd.few_steps import FewSteps
+from bkd.recipe.lora import FORBID_UNKNOWN, Lora
 from bkd.surgery.plan import Sites
 from bkd.terms import Direction, PredictionType, Sampler
 
-FORBID_UNKNOWN = ConfigDict(extra="forbid")
 WHOLE = "none"
 """The preset that removes nothing."""
 Balancing = Literal["none", "teacher-power"]
@@ -212,6 +212,11 @@ class Halving:
         least = 1 if self.sampler == "stochastic" else 2
         return not rest and ratio >= least and ratio & (ratio - 1) == 0
 
+    @property
+    def few_steps(self) -> FewSteps:
+        """What the student is halved to."""
+        return FewSteps(self.num_inference_steps[1], self.sampler, self.direction)
+
     def expanded(self) -> tuple[Halving, ...]:
         """One for each halving; a stochastic sampler is learnt after the last."""
         teacher, student = self.num_inference_steps
@@ -235,30 +240,6 @@ Method = Annotated[
     Discriminator(_name),
 ]
 """What a student learns; `name` says which."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Training through low-rank adapters, W + (lora_alpha / r) B A; names are peft's (arXiv:2106.09685).
-
-    Attributes:
-        r: Rank.
-        lora_alpha: Scale; as large as `r` when not given.
-        target_modules: Ends of module paths; every linear and convolutional module with one of them is adapted.
-        rank_pattern: Regular expression for the end of module paths -> another rank for them.
-        lora_dropout: Of the adapters' input.
-        share_base: Whether the student's frozen weights are the teacher's own tensors instead of a copy.
-        also_train: Small tensors that train themselves besides.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
-    r: int = 16
-    lora_alpha: float | None = None
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    lora_dropout: float = 0.0
-    share_base: bool = True
-    also_train: tuple[Literal["biases", "norms"], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +288,19 @@ class Stage:
     method: Method = field(default_factory=Kd)
     lora: Lora | None = None
     train: StageTrain = field(default_factory=StageTrain)
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        if isinstance(self.method, Halving):
+            return f"halving {self.method.num_inference_steps[0]} to {self.method.few_steps}"
+        return f"{self.student.described} by {self.method.name}"
+
+    @property
+    def folder_name(self) -> str:
+        """For the folder of its student."""
+        steps = f"-{self.method.num_inference_steps[1]}" if isinstance(self.method, Halving) else ""
+        return self.method.name + steps
 
     def expanded(self) -> tuple[Stage, ...]:
         """The stages that it stands for: several, where the number of steps is halved more than once.

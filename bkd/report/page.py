@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from bkd.errors import OutputError
 from bkd.eval.shown import NONE, SPLIT_TITLES, relative, share
 from bkd.files import write_atomically
-from bkd.report.curves import Curve, curve_svg
+from bkd.report.stages import StageView, data_url, stage_views
 from bkd.run_folder import RunFolder
-from bkd.surgery.plan import PLAN_FILE
-from bkd.training.tracking import read_metrics
-
-STAGE_SECONDS = re.compile(r"stage_\d+_seconds")
 
 
 @dataclass(frozen=True)
@@ -29,11 +23,9 @@ class RunView:
 
     name: str
     facts: dict[str, Any]
-    plan: dict[str, Any]
+    stages: tuple[StageView, ...]
     recipe: str
     command: str
-    seconds: float
-    curves: tuple[tuple[str, str], ...]
     pictures: tuple[tuple[str, str], ...]
     evaluations: tuple[dict[str, Any], ...]
 
@@ -76,15 +68,12 @@ def _view(run: RunFolder) -> RunView:
         raise OutputError(
             "not a run folder", where=run.path, got="no run.json", remedy="name a folder that bkd train made"
         )
-    plan_file = run.student / PLAN_FILE
     return RunView(
         name=run.path.name,
         facts=run.facts(),
-        plan=json.loads(plan_file.read_text()) if plan_file.is_file() else {},
+        stages=stage_views(run),
         recipe=run.recipe_file.read_text(),
         command=str(run.facts().get("command", f"bkd train {run.recipe_file.name}")),
-        seconds=sum(value for name, value in run.facts().items() if STAGE_SECONDS.fullmatch(name)),
-        curves=_curves(read_metrics(run.metrics)),
         pictures=_pictures(run),
         evaluations=tuple(_evaluation(path) for path in run.evaluations),
     )
@@ -99,34 +88,11 @@ def _evaluation(path: Path) -> dict[str, Any]:
     return found
 
 
-def _curves(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """An SVG for each logged quantity worth a curve; losses on a logarithmic scale."""
-    drawn = []
-    for stage in sorted({line["stage"] for line in lines}):
-        ours = [line for line in lines if line["stage"] == stage]
-        terms = [name for name in ours[0] if name.endswith("_loss") or name in ("total", "lr")]
-        title = f"stage {stage + 1}: " if lines[-1]["stage"] else ""
-        drawn += [(title + name, curve_svg(_curve(ours, name))) for name in terms]
-    return tuple(drawn)
-
-
-def _curve(lines: Sequence[dict[str, Any]], name: str) -> Curve:
-    is_loss = name != "lr"
-    points = tuple((line["step"], line[name]) for line in lines if line.get(name) is not None)
-    return Curve(points, logarithmic=is_loss, noisy=is_loss)
-
-
 def _pictures(run: RunFolder) -> tuple[tuple[str, str], ...]:
-    """Evaluation pictures first, then the newest validation picture, as data URLs."""
-    validation = sorted(run.samples.glob("*-final.png")) or sorted(run.samples.glob("*.png"))
-    paths = sorted(run.eval.glob("*.png")) + validation[-1:]
+    """Those of evaluations, as data URLs."""
     titles = {
         "shapes": "evaluation prompts, same noise for every model",
         "prompts": "your prompts, same noise",
         "coco30k": "prompts of COCO, same noise",
     }
-    return tuple((titles.get(path.stem, "validation prompts"), _data_url(path)) for path in paths)
-
-
-def _data_url(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return tuple((titles[path.stem], data_url(path)) for path in sorted(run.eval.glob("*.png")) if path.stem in titles)
