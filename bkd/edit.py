@@ -7,7 +7,6 @@ encoders and decoders of few steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from bkd.data.images import images_at_once, open_image, to_model_range, to_pixels
+from bkd.edit_plan import Edit, Half
 from bkd.errors import DataError, ModelError
-from bkd.eval.sample import drawing_settings
-from bkd.few_steps import FewSteps, few_steps
+from bkd.few_steps import FewSteps
 from bkd.files import replace_file
-from bkd.guidance import nearest_scale, pipeline_scale
-from bkd.locate import locate
 from bkd.model_folder import native_resolution
 from bkd.models import best_device, load_noise_schedule, load_pipeline
-from bkd.output_folder import require_new_file
+from bkd.progress import Phase
 from bkd.sampling import InversionScheduler
 from bkd.schedulers import stock_scheduler
 
@@ -35,67 +32,47 @@ SAME_LATENTS = 0.02
 """Relative distance of two autoencoders' latents up to which they are one: rounding to float16 stays far below."""
 
 
-@dataclass(frozen=True)
-class Half:
-    """One of the two models of an edit.
-
-    Attributes:
-        model: As the user named it.
-        folder: Its pipeline folder.
-        guidance_scale: Of its prompt; 1 for none.
-        num_inference_steps: Of a model that was not halved.
-    """
-
-    model: str
-    folder: Path
-    guidance_scale: float
-    num_inference_steps: int = 50
-
-    @classmethod
-    def encoder(cls, model: str, guidance_scale: float | None, num_inference_steps: int) -> Half:
-        """From a MODEL argument; without guidance, or with as little as the model knows, where none is given."""
-        folder = locate(model)
-        return cls(model, folder, guidance_scale or nearest_scale(folder, 1.0), num_inference_steps)
-
-    @classmethod
-    def decoder(cls, model: str, guidance_scale: float | None, num_inference_steps: int) -> Half:
-        """From a MODEL argument; with the guidance that the model is usually drawn with where none is given."""
-        folder = locate(model)
-        usual = drawing_settings(model, None, None)[1]
-        return cls(model, folder, guidance_scale or nearest_scale(folder, usual), num_inference_steps)
-
-    @property
-    def steps(self) -> FewSteps | None:
-        """What it was halved to."""
-        return few_steps(self.folder)
-
-
-def edit_image(
-    image: Path, prompts: tuple[str, str], encoder: Half, decoder: Half, output: Path, *, overwrite: bool = False
-) -> None:
+def edit_image(edit: Edit, *, overwrite: bool = False, phase: Phase) -> None:
     """Edit one image.
 
     Args:
-        image: JPEG, PNG or WebP file.
-        prompts: What it shows, and what it is to show.
-        encoder: See `Editor`.
-        decoder: See there.
-        output: `.png` file to write.
-        overwrite: Replace the file.
+        edit: What is wished for.
+        overwrite: Replace an earlier output.
+        phase: Told what begins.
 
     Raises:
         BkdError: If the image, the models or the output do not fit; nothing is written then.
     """
-    require_new_file(output, ".png", overwrite=overwrite)
-    if not all(prompt.strip() for prompt in prompts):
-        raise DataError("an edit needs two prompts", got=prompts, remedy="--from TEXT --to TEXT")
-    if not image.is_file():
-        raise DataError("no such image", where=image)
-    pixels = torch.from_numpy(np.array(open_image(image.read_bytes()))).permute(2, 0, 1)[None]
-    editor = Editor(encoder, decoder)
-    edited = editor.decode(editor.encode(pixels, prompts[:1]), prompts[1:])[0]
-    with replace_file(output) as stream:
+    edit.require_possible(overwrite=overwrite)
+    pixels = _read(edit.image, edit.side)
+    editor = Editor(edit.encoder, edit.decoder)
+    phase(f"encoding with {edit.encoder}")
+    noise = editor.encode(pixels, edit.prompts[:1])
+    phase(f"decoding with {edit.decoder}")
+    edited = editor.decode(noise, edit.prompts[1:])[0]
+    with replace_file(edit.output) as stream:
         Image.fromarray(edited.permute(1, 2, 0).numpy()).save(stream, format="PNG")
+
+
+def _read(image: Path, side: int) -> Tensor:
+    """(1, 3, side, side), uint8."""
+    try:
+        opened = open_image(image.read_bytes())
+    except DataError as error:
+        raise DataError(error.what, where=image, got=error.got, allowed="a whole JPEG, PNG or WebP file") from error
+    _require_size(opened.size, side, image)
+    return torch.from_numpy(np.array(opened)).permute(2, 0, 1)[None]
+
+
+def _require_size(size: tuple[int, int], side: int, image: Path | None = None) -> None:
+    if size != (side, side):
+        raise DataError(
+            "the image is of another size than the models draw",
+            where=image,
+            got=f"{size[0]} x {size[1]} px",
+            allowed=f"{side} x {side} px",
+            remedy="resize or crop it",
+        )
 
 
 class Editor:
@@ -110,17 +87,10 @@ class Editor:
     """
 
     def __init__(self, encoder: Half, decoder: Half) -> None:
-        if encoder.steps is not None and encoder.steps.direction == "generation":
-            raise ModelError(
-                "this student draws in few steps, and was not trained to encode",
-                where=encoder.model,
-                got=encoder.steps,
-                remedy="an encoder (method.direction=inversion), or the model that it was halved from",
-            )
-        if decoder.steps is not None:
-            decoder.steps.require(None, decoder.model)
+        encoder.require_encodes()
+        decoder.require_draws()
         _require_same_levels(encoder, decoder)
-        self._scales = tuple(pipeline_scale(h.folder, h.guidance_scale, h.model) for h in (encoder, decoder))
+        self._scales = encoder.pipeline_scale, decoder.pipeline_scale
         self._encoder, self._decoder = (load_pipeline(half.folder, device=best_device()) for half in (encoder, decoder))
         self._steps = tuple(
             half.steps.num_inference_steps if half.steps else half.num_inference_steps for half in (encoder, decoder)
@@ -145,13 +115,7 @@ class Editor:
             DataError: If the images are of another size.
             ModelError: If the decoder's latents are others.
         """
-        if pixels.shape[-2:] != (self._side, self._side):
-            raise DataError(
-                "the image is of another size than the models draw",
-                got=f"{pixels.shape[-1]} x {pixels.shape[-2]} px",
-                allowed=f"{self._side} x {self._side} px",
-                remedy="resize or crop it",
-            )
+        _require_size((pixels.shape[-1], pixels.shape[-2]), self._side)
         found = [self._latents(self._encoder, chunk) for chunk in torch.split(pixels, self._batch)]
         self._require_same_space(pixels[:1], found[0][:1])
         return self._walk(self._encoder, torch.cat(found), prompts, 0)

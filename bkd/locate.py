@@ -50,8 +50,8 @@ def locate(
     """The pipeline folder that a MODEL argument means.
 
     Args:
-        name: `shapes`, a pipeline folder, a run folder (its student is meant), a single `.safetensors` file in the
-            original layout, or a Hub id `owner/name`.
+        name: `shapes`, a pipeline folder, the folder of a run or of one of its stages (the student is meant), a single
+            `.safetensors` file in the original layout, or a Hub id `owner/name`.
         revision: Branch, tag or commit of a Hub repository.
         config: For a single file: a pipeline folder or Hub id of the same architecture.
         weights: Whether weights are needed; configurations alone are fetched and checked otherwise.
@@ -71,6 +71,8 @@ def locate(
         return _single_file(path, config, weights)
     if (path / "run.json").is_file() and not (path / "model_index.json").is_file():
         path = _student_of(path)
+    elif (path / "student" / "model_index.json").is_file() and not (path / "model_index.json").is_file():
+        path = path / "student"  # of a stage
     elif not is_folder(name):
         refuse_unknown(name)
         # Configurations first: what is not supported is not downloaded.

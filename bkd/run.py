@@ -19,12 +19,13 @@ from bkd.data.survey import DataWish
 from bkd.environment import process_place
 from bkd.errors import ModelError, RecipeError
 from bkd.files import cache_folder
-from bkd.locate import locate
+from bkd.locate import is_folder, locate
 from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.model_facts import model_facts
 from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config, vae_factor
 from bkd.models import best_device, describe_device, load_noise_schedule, load_pipeline
 from bkd.progress import Progress, silent
+from bkd.recipe.load import packaged_recipes
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder, is_trained
 from bkd.stage import Job, Listener, StageRun, require_same_start
@@ -65,7 +66,7 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[PlannedStage, ...]]:
     Raises:
         BkdError: If the teacher, a plan, its sites, the precision or the batch do not fit.
     """
-    teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
+    teacher = _locate_teacher(recipe)
     if recipe.train.mixed_precision == "fp16" and best_device().type == "cpu":
         raise RecipeError(
             "float16 training needs a GPU",
@@ -78,6 +79,22 @@ def check_teacher(recipe: Recipe) -> tuple[Path, tuple[PlannedStage, ...]]:
     for train in map(recipe.train_of, range(len(recipe.stages))):
         share(train.batch, parts=train.grad_accum * process_place().world_size, part=0)
     return teacher, check_stages(recipe, teacher)
+
+
+def _locate_teacher(recipe: Recipe) -> Path:
+    """Its folder; of one that another recipe makes, errors say which."""
+    wished = recipe.teacher
+    try:
+        return locate(wished.id, revision=wished.revision, config=wished.config)
+    except ModelError as error:
+        maker = next((name for name in packaged_recipes() if f"{wished.id}/".startswith(f"runs/{name}/")), None)
+        raise ModelError(
+            error.what,
+            where=f"teacher.id={wished.id}" + (f": {error.where}" if error.where else ""),
+            got=error.got,
+            allowed=error.allowed,
+            remedy=f"train it first: bkd train {maker}" if maker and not is_folder(wished.id) else error.remedy,
+        ) from error
 
 
 def check_stages(recipe: Recipe, teacher: Path) -> tuple[PlannedStage, ...]:

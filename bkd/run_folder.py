@@ -185,6 +185,15 @@ def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False, force: bool
     return run, "done" if finished else "continue"
 
 
+def run_of_student(model: Path) -> RunFolder | None:
+    """The run that a path names, or whose student it names, the last or an earlier stage's; None for all else."""
+    if RunFolder(model).facts_file.is_file():
+        return RunFolder(model)
+    above = (model if model.name == "student" else model / "student").absolute().parents
+    run = RunFolder(above[2] if above[1].name == "stages" else above[0])
+    return run if run.facts_file.is_file() and run.recipe_file.is_file() else None
+
+
 def is_trained(student: Path, steps: int) -> bool:
     """Whether a stage's student has been written after so many steps; an earlier one gives way to it."""
     try:

@@ -46,8 +46,6 @@ ODE_SCHEDULERS = (
 )
 """Those whose models follow the differential equation that DDIM solves: only noise levels matter, and they have them.
 Others, such as those of consistency models, say that the model's steps mean something else."""
-
-
 CHOICES: dict[str, tuple[type, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
@@ -55,7 +53,7 @@ CHOICES: dict[str, tuple[type, dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
-"""Samplers by the names that people know them by."""
+"""What each of `bkd.terms.SCHEDULERS` stands for."""
 
 
 def student_scheduler(teacher: Mapping[str, Any], kind: StudentKind) -> dict[str, Any]:

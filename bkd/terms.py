@@ -10,3 +10,5 @@ Sampler = Literal["deterministic", "stochastic"]
 """Of few steps: DDIM, or two steps ahead and, with fresh noise, one back."""
 Direction = Literal["generation", "inversion"]
 """From noise to an image, or from an image to the noise that it would be drawn from."""
+SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "unipc")
+"""Samplers by the names that people know them by."""

@@ -193,9 +193,11 @@ def test_the_report_is_one_page_with_escaped_words(bkd, finished):
 
 def test_sampling_writes_numbered_pictures(bkd, tmp_path):
     prompt = "a small blue circle at the bottom right on a gray background"
-    arguments = ("sample", "shapes", "--prompt", prompt, "--num-inference-steps", 2, "-o", tmp_path / "out")
-    assert bkd(*arguments)[0] == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "prompts.txt"]
+    arguments = ["sample", "shapes", "--prompt", prompt, "--num-inference-steps", 2, "-o", tmp_path / "out"]
+    arguments += ["--prompt", prompt.replace("blue", "red")]
+    code, printed = bkd(*arguments)
+    assert code == 0 and "drawing 2 pictures: 2 steps, guidance 3" in printed and "done: 2 pictures" in printed
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png", "prompts.txt"]
     code, printed = bkd(*arguments)
     assert code == 1 and "holds an earlier output" in printed and "--overwrite" in printed
 

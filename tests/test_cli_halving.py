@@ -16,7 +16,9 @@ from bkd.locate import locate
 from bkd.models import load_pipeline
 from bkd.run_folder import RunFolder
 from bkd.sampling import StochasticScheduler
+from bkd.schedulers import CHOICES
 from bkd.surgery.plan import load_plans
+from bkd.terms import SCHEDULERS
 from bkd.training.fit import Fit
 from bkd.training.stop import Interrupted
 
@@ -194,6 +196,7 @@ def test_models_of_different_steps_are_measured_side_by_side(bkd, chain, tmp_pat
     earlier = {"chain untrained": (2, 2), "chain/00-kd": (2, 2), "chain/02-halving-8": (8, 1)}
     assert rows == {"teacher": (2, 2), **earlier, "chain": (4, 1), "01-guided": (2, 1)}
     assert "4 x 1" in printed and "MACs an image" in printed
+    assert "with the steps and the sampler that they were trained for: chain/02-halving-8, chain" in printed
     assert bkd("report", chain)[0] == 0
     page = (chain / "report.html").read_text()
     titles = ["sd-tiny by kd", "all blocks by guided", "halving 16 to 8 steps", "halving 8 to 4 steps"]
@@ -203,7 +206,8 @@ def test_models_of_different_steps_are_measured_side_by_side(bkd, chain, tmp_pat
 
 
 def test_another_sampler_for_a_model_of_any_number_of_steps(bkd, tmp_path):
-    for name in ("ddim", "ddpm", "dpm++", "euler", "unipc"):
+    assert tuple(CHOICES) == SCHEDULERS
+    for name in SCHEDULERS:
         arguments = ["--scheduler", name, "--num-inference-steps", 4, "-o", tmp_path / name]
         assert bkd("sample", "shapes", "--prompt", PROMPT, *arguments)[0] == 0
     ddim, dpm = ((tmp_path / name / "0000.png").read_bytes() for name in ("ddim", "dpm++"))
@@ -213,7 +217,34 @@ def test_another_sampler_for_a_model_of_any_number_of_steps(bkd, tmp_path):
 def test_a_sampler_that_nobody_knows_or_that_is_not_the_students(bkd_refuses, chain):
     bkd_refuses(["sample", "shapes", "--prompt", PROMPT, "--scheduler", "ddi", "-o", "out"], "did you mean 'ddim'?")
     trained = ["sample", chain / "student", "--prompt", PROMPT, "--scheduler", "ddim", "-o", "out"]
-    bkd_refuses(trained, "was trained for one sampler")
+    bkd_refuses(trained, "was trained for one sampler\n  got: ddim\n  allowed: 4 steps")
+
+
+def test_the_folders_of_a_run_are_drawn_with_alike(bkd, chain, tmp_path):
+    stage = chain / "stages" / NAMES[0]
+    for model, how in (
+        (chain, "4 steps, guidance 3"),
+        (chain / "student", "4 steps, guidance 3"),
+        (stage, "2 steps, guidance 3"),
+        (stage / "student", "2 steps, guidance 3"),
+    ):
+        code, printed = bkd("sample", model, "--prompt", PROMPT, "-o", tmp_path / f"{model.parent.name}-{model.name}")
+        assert code == 0 and f"drawing 1 picture: {how}" in printed
+
+
+def test_a_teacher_that_another_recipe_makes_is_named(bkd_refuses):
+    message = "teacher.id=runs/shapes/halving/stages/00-guided/student: no model"
+    bkd_refuses(["train", "shapes/encoder"], message)
+    bkd_refuses(["train", "shapes/encoder"], "try: train it first: bkd train shapes/halving")
+
+
+def test_a_note_is_printed_once_for_all_stages_that_it_is_true_of(bkd, shards):
+    where = f"data.shards={shards[0].parent}"
+    code, printed = bkd("train", "shapes/halving", where, "train.batch=4", "train.ema=0.9999", "--dry-run")
+    assert code == 0
+    notes = " ".join(printed[printed.index("note: ") :].split())
+    assert notes.count("averages over 10,000 steps of only 250") == notes.count("of only 800") == 1
+    assert "note: stages.1, stages.2, stages.3, stages.4: train.ema=0.9999 averages" in notes
 
 
 def test_a_wish_that_cannot_be_halved_is_refused(bkd_refuses, chain, stochastic, tmp_path_factory):
@@ -228,7 +259,10 @@ def test_a_wish_that_cannot_be_halved_is_refused(bkd_refuses, chain, stochastic,
         "8 steps cannot be halved until 3 are left (allowed: [8, M] with M one of 4, 2, 1)",
         num_inference_steps="[8, 3]",
     )
-    refuses("4 steps cannot be halved until 8 are left", num_inference_steps="[4, 8]")
+    refuses("4 steps cannot be halved until 8 are left; did you mean [8, 4]?", num_inference_steps="[4, 8]")
+    refuses("1 step cannot be halved until 8 are left; did you mean [8, 1]?", num_inference_steps="[1, 8]")
+    refuses("num_inference_steps: too few items: [N, M], from N steps to M (got [8])", num_inference_steps="[8]")
+    refuses("should have 2 items: [N, M], from N steps to M (got [8, 4, 2])", num_inference_steps="[8, 4, 2]")
     refuses("4 steps cannot be halved until 4 are left", num_inference_steps="[4, 4]")
     refuses("7 steps cannot be halved until 1 are left (allowed: an even number", num_inference_steps="[7, 1]")
     refuses("should be a whole number (got 2.5)", num_inference_steps="[5, 2.5]")

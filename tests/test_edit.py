@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bkd.data.shapes import scene
 from bkd.data.shapes_checker import rendered
-from bkd.edit import Editor, Half
+from bkd.edit import Editor
+from bkd.edit_plan import Half
 from bkd.errors import DataError, ModelError
 from bkd.few_steps import FewSteps
 from bkd.grid import Grid
@@ -99,6 +100,8 @@ def test_what_cannot_be_edited_is_refused(bkd_refuses, image, tmp_path_factory, 
     Image.new("RGB", (64, 48)).save(large)
     broken = folder / "broken.png"
     broken.write_bytes(image.read_bytes()[:100])
+    text = folder / "text.png"
+    text.write_text("no picture")
     drawing = claimed(teacher_folder, folder / "drawing", FewSteps(4))
     encoding = claimed(teacher_folder, folder / "encoding", FewSteps(4, direction="inversion"))
     told = claimed(teacher_folder, folder / "told", FewSteps(4))
@@ -111,8 +114,9 @@ def test_what_cannot_be_edited_is_refused(bkd_refuses, image, tmp_path_factory, 
         bkd_refuses(arguments, message)
 
     refuses("got: 64 x 48 px\n  allowed: 32 x 32 px", picture=large)
-    refuses("image cannot be decoded", picture=broken)
-    refuses("no such image", picture=folder / "none.png")
+    refuses(f"{broken}: image cannot be decoded", picture=broken)
+    refuses("got: no JPEG, PNG, WEBP\n  allowed: a whole JPEG, PNG or WebP file", picture=text)
+    refuses(f"{folder / 'none.png'}: no such image", picture=folder / "none.png")
     refuses("was not trained to encode", encoder=drawing)
     refuses("encodes images, and does not draw", "--decoder", encoding)
     refuses("has not learnt that guidance scale", "--decoder", told, "--decoder-guidance-scale", 8)

@@ -88,7 +88,7 @@ def test_a_sound_recipe_needs_no_advice(memory):
         ({"batch": 4}, "lr 0.002 is for batches of 32; for 4 that would be 0.00071 (square root) to 0.00025 (linear)"),
         ({"lr": 2e-2}, "for 32 that would be 0.002 (square root) to 0.002 (linear), not 0.02"),
         ({"max_steps": 20, "ema": 0.0}, "the warm-up of 20 steps does not end within 20"),
-        ({"ema": 0.9999}, "averages over 10,000 steps and the run has 400"),
+        ({"ema": 0.9999}, "averages over 10,000 steps of only 400"),
     ],
 )
 def test_what_does_not_fit_is_said_with_numbers(memory, changes, expected):

@@ -17,8 +17,8 @@ from bkd.data.shapes import scenes
 from bkd.data.shapes_checker import rendered
 from bkd.errors import DataError
 from bkd.eval import shown
+from bkd.eval.drawing import Drawing
 from bkd.eval.fidelity import FeatureStatistics
-from bkd.eval.generate import Drawing
 from bkd.eval.images import ImageFolder, Saving, read_pixels
 from bkd.eval.inception import Inception
 from bkd.eval.prompts_suite import PromptsScorer

@@ -7,7 +7,8 @@ import torch
 
 from bkd.data.shapes import scenes
 from bkd.errors import DataError
-from bkd.eval.generate import Drawing, Noise, _mixed, block_size, draw, generate
+from bkd.eval.drawing import Drawing
+from bkd.eval.generate import Noise, _mixed, block_size, draw, generate
 from bkd.models import load_pipeline
 
 PROMPTS = [scene.caption for scene in scenes("test", 30)]

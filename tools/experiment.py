@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 from bkd.bench import Unsaved
 from bkd.caching import ensure_latents, read_latents
 from bkd.data.shapes import scenes
-from bkd.eval.generate import Drawing, draw
+from bkd.eval.drawing import Drawing
+from bkd.eval.generate import draw
 from bkd.eval.pictures import with_unet
 from bkd.files import replace_file, write_atomically
 from bkd.guidance import StudentKind

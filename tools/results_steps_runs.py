@@ -26,9 +26,11 @@ from experiment import GUIDANCE_SCALE, prompts, require_same_settings
 
 from bkd.data.shapes import COLORS, THEME_SHAPE, Scene, scenes
 from bkd.data.shapes_checker import rendered
-from bkd.edit import Editor, Half
+from bkd.edit import Editor
+from bkd.edit_plan import Half
 from bkd.eval.candidates import Named, load_candidate
-from bkd.eval.generate import Drawing, draw
+from bkd.eval.drawing import Drawing
+from bkd.eval.generate import draw
 from bkd.few_steps import few_steps
 from bkd.files import replace_file
 from bkd.locate import locate

@@ -40,7 +40,7 @@ def train_(
     )
     whose = "on the device" if best_device().type == "cuda" else "of the process"
     console.print(f"peak memory {whose}: {gib(speed.peak_bytes)} GiB")
-    show_advice(recipe, stages[0], estimated(stages[0]))
+    show_advice(recipe, stages[:1], [estimated(stages[0])])
 
 
 @bench.command("speed")

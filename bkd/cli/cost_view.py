@@ -28,20 +28,19 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
     largest = max(range(len(counted)), key=lambda number: counted[number].total)
     if len(counted) > 1:
         _show_stages(inputs.stages, counted)
-        console.print(f"stage {largest + 1} takes the most:")
+        console.print(f"stages.{largest} takes the most:")
     _show_memory(inputs.stages[largest], counted[largest])
     if len(counted) == 1:
         _show_work(recipe.last_train, inputs.caching.num_samples)
     _show_disk(recipe, counted)
-    for planned, memory in zip(inputs.stages, counted, strict=True):
-        show_advice(name, planned, memory)
+    show_advice(name, inputs.stages, counted)
 
 
 def _show_stages(stages: Sequence[PlannedStage], counted: Sequence[TrainingMemory]) -> None:
     """A line for each of several."""
     rows = [
         (
-            str(planned.number + 1),
+            f"stages.{planned.number}",
             planned.stage.title,
             f"{memory.parameters:,}",
             f"{memory.trained:,}",
@@ -52,7 +51,7 @@ def _show_stages(stages: Sequence[PlannedStage], counted: Sequence[TrainingMemor
         )
         for planned, memory in zip(stages, counted, strict=True)
     ]
-    header = ("stage", "", "parameters", "trained", "GiB", "steps", "batch in passes", "images")
+    header = ("", "", "parameters", "trained", "GiB", "steps", "batch in passes", "images")
     console.print(table("", header, rows, left=(1,)))
 
 
@@ -89,16 +88,25 @@ def _show_work(train: Train, num_samples: int | None) -> None:
     )
 
 
-def show_advice(name: str, planned: PlannedStage, memory: TrainingMemory) -> None:
-    """What looks wrong, a line each."""
+def show_advice(name: str, stages: Sequence[PlannedStage], counted: Sequence[TrainingMemory]) -> None:
+    """What looks wrong, a line each; where there are several stages, with those that it is true of.
+
+    Args:
+        name: Of the recipe.
+        stages: Those to look at.
+        counted: What each takes.
+    """
     from bkd.models import best_device
     from bkd.recipe.load import written_train
     from bkd.training.estimate import advice
 
-    written = replace(written_train(name), **planned.stage.train.given())
-    stage = f"stages.{planned.number}: " if planned.number else ""
-    for line in advice(planned.train, written, memory, best_device()):
-        console.print(f"note: {stage}{line}")
+    found: dict[str, list[str]] = {}
+    for planned, memory in zip(stages, counted, strict=True):
+        written = replace(written_train(name), **planned.stage.train.given())
+        for line in advice(planned.train, written, memory, best_device()):
+            found.setdefault(line, []).append(f"stages.{planned.number}")
+    for line, keys in found.items():
+        console.print(f"note: {', '.join(keys)}: {line}" if len(stages) > 1 else f"note: {line}")
 
 
 def estimated(planned: PlannedStage) -> TrainingMemory:

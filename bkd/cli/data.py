@@ -230,7 +230,7 @@ def generate(
     from bkd.data.output_set import require_ours
     from bkd.data.prompts import read_prompts
     from bkd.environment import process_place
-    from bkd.eval.sample import drawing_settings
+    from bkd.eval.drawing import drawing_settings
     from bkd.pregenerate import ShardDrawing, generate_shards
 
     require_ours(output)

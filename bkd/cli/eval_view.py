@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bkd.cli.console import console, short, table
+from bkd.eval.drawing import Drawing
 from bkd.eval.shown import NONE, SPLIT_TITLES, relative, share
 
 COST = ("UNet calls", "MACs an image")
@@ -14,15 +15,14 @@ METRICS = {"fid": "FID", "kid": "KID", "inception_score": "IS", "clip_score": "C
 def show(report: dict[str, Any]) -> None:
     """Print what a report says."""
     drawing = report["settings"]["drawing"]
-    own = (
-        "" if all(m["num_inference_steps"] == drawing["num_inference_steps"] for m in report["models"]) else " or fewer"
-    )
-    how = f"{drawing['num_inference_steps']} steps{own}, guidance {drawing['guidance_scale']:g}"
+    how = str(Drawing(**drawing))
     if report["settings"]["suite"] == "shapes":
         for split in report["settings"]["splits"]:
             _show_split(report, split, how)
     else:
         _show_metrics(report, how)
+    if own := [row["name"] for row in report["models"] if "few_steps" in row.get("sampler", {})]:
+        console.print(f"with the steps and the sampler that they were trained for: {', '.join(own)}")
 
 
 def _show_split(report: dict[str, Any], split: str, how: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from bkd.cli.console import console, prepare, progress_view
+from bkd.cli.console import console, counted, prepare, progress_view
 
 MAX_PROMPTS = 1_000_000
 Steps = Annotated[Optional[int], typer.Option(min=1, max=1000, help="Denoising steps; a run knows its own.")]
@@ -23,7 +23,7 @@ Scheduler = Annotated[
 def sample(
     model: Annotated[str, typer.Argument(help="shapes, a run, a pipeline folder or a Hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the pictures.")],
-    prompt: Annotated[Optional[str], typer.Option(help="One prompt.")] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="A prompt; may be given again.")] = None,
     prompts: Annotated[Optional[Path], typer.Option(help="Text file, one prompt a line.")] = None,
     num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
@@ -32,18 +32,26 @@ def sample(
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the output folder.")] = False,
 ) -> None:
     """Draw one picture for each prompt."""
-    prepare(model)
     from bkd.data.prompts import read_prompts, require_prompts
-    from bkd.eval.generate import Drawing
-    from bkd.eval.sample import drawing_settings, sample_to_folder
+    from bkd.eval.drawing import Drawing, drawing_settings, require_drawable
+    from bkd.locate import refuse_unknown
+    from bkd.output_folder import require_free
 
-    texts = ([prompt] if prompt else []) + (read_prompts(prompts) if prompts else [])
+    refuse_unknown(model)
+    texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     require_prompts(texts, remedy="add --prompt TEXT, or --prompts FILE with one prompt a line")
+    require_free(output, overwrite=overwrite, marker="prompts.txt")
     steps, guidance = drawing_settings(model, num_inference_steps, guidance_scale, alone=True)
     drawing = Drawing(steps, guidance, seed, scheduler=scheduler)
+    require_drawable(model, drawing)
+    console.print("loading …")
+    prepare()
+    from bkd.eval.sample import sample_to_folder
+
     with progress_view() as view:
-        written = sample_to_folder(model, texts, output, drawing, overwrite, view.update)
-    console.print(f"done: {len(written)} pictures in {output}")
+        view.phase(f"drawing {counted(len(texts), 'picture')}: {drawing}")
+        sample_to_folder(model, texts, output, drawing, overwrite, view.update)
+    console.print(f"done: {counted(len(texts), 'picture')} in {output}")
 
 
 def edit(
@@ -65,13 +73,20 @@ def edit(
     overwrite: Annotated[bool, typer.Option(help="Replace the output file.")] = False,
 ) -> None:
     """Encode an image with one prompt or model, decode with another."""
-    prepare(encoder, decoder)
-    from bkd.edit import Half, edit_image
+    from bkd.edit_plan import Edit, Half
+    from bkd.locate import refuse_unknown
 
+    refuse_unknown(encoder)
     first = Half.encoder(encoder, encoder_guidance_scale, num_inference_steps)
+    refuse_unknown(decoder or encoder)
     second = Half.decoder(decoder or encoder, decoder_guidance_scale, num_inference_steps)
-    console.print("encoding and decoding …")
-    edit_image(image, (source, target), first, second, output, overwrite=overwrite)
+    wish = Edit(image, (source, target), first, second, output)
+    wish.require_possible(overwrite=overwrite)
+    console.print("loading …")
+    prepare()
+    from bkd.edit import edit_image
+
+    edit_image(wish, overwrite=overwrite, phase=console.print)
     console.print(f"done: {output}")
 
 

@@ -82,7 +82,8 @@ def _show_anatomy(model: str, found: dict[str, Any]) -> None:
         console.print(f"note: this is what the configuration says; {problem}")
     if origin := found["student_of"]:
         how = "taken to be" if origin["inferred"] else "a student by plan"
-        console.print(f"{how} '{origin['plan']}', which lacks {', '.join(origin['removed']) or 'nothing'}")
+        lacks = f"which lacks {', '.join(origin['removed'])}" if origin["removed"] else "with all blocks"
+        console.print(f"{how} '{origin['plan']}', {lacks}")
     if found["presets"]:
         console.print(preset_table(found))
 

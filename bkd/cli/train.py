@@ -109,8 +109,7 @@ def _train_in(
     run = RunFolder(folder, writes=False)
     with ExitStack() as held:
         if process_place().rank == 0:
-            for planned in inputs.stages:
-                show_advice(name, planned, estimated(planned))
+            show_advice(name, inputs.stages, [estimated(planned) for planned in inputs.stages])
             if force and not overwrite:
                 check_forced(folder, inputs)
             run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from bkd.errors import DataError
@@ -92,6 +92,8 @@ def open_image(encoded: bytes, orientation: int = UPRIGHT) -> Image.Image:
             opened.load()
             turn = TURNS.get(opened.getexif().get(ORIENTATION, orientation))
             return _rgb(opened if turn is None else opened.transpose(turn))
+    except UnidentifiedImageError as error:
+        raise DataError("image cannot be decoded", got="no " + ", ".join(FORMATS)) from error
     except Exception as error:  # damaged files make decoders raise nearly anything
         raise DataError("image cannot be decoded", got=str(error) or type(error).__name__) from error
 

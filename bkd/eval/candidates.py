@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from bkd.errors import ModelError
-from bkd.eval.generate import Drawing
+from bkd.eval.drawing import Drawing
 from bkd.eval.pictures import with_unet
 from bkd.few_steps import few_steps, steps_of
 from bkd.guidance import pipeline_scale

@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from bkd.data.images import images_at_once, to_pixels
-from bkd.errors import DataError, ModelError, one_of
+from bkd.errors import ModelError
+from bkd.eval.drawing import Drawing
 from bkd.progress import Progress, silent
-from bkd.schedulers import CHOICES
 
 MAX_BATCH = 50
 BLOCK_PIXELS, MAX_BLOCK = 512 * 512, 25
 """A CPU computes so many pixels together, of so many images at most; see `draw`."""
 GOLDEN_RATIO = 0x9E3779B1
 """2^32 divided by it. Its multiples modulo 2^32 lie as far apart as so many numbers can (Knuth 1973, section 6.4)."""
-RNGS = ("per-image", "bksdm")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How images are drawn.
-
-    Attributes:
-        num_inference_steps: Denoising steps.
-        guidance_scale: Of classifier-free guidance; 1 for none.
-        seed: Of the starting noise, 0 or more.
-        rng: `per-image`: image i has a generator of its own, on the CPU, seeded by (seed, i). `bksdm`: one generator
-            on the device for all images, one after the other, as BK-SDM's published figures were made; image i's noise
-            is the i-th that it gives, and other devices give other images.
-        scheduler: One of `bkd.schedulers.CHOICES`; a model's own when not given.
-    """
-
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int = 0
-    rng: str = "per-image"
-    scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        one_of(self.rng, RNGS, kind="rng", error=DataError)
-        if self.scheduler is not None:
-            one_of(self.scheduler, CHOICES, kind="scheduler", error=DataError)
-
-    def facts(self) -> dict[str, Any]:
-        """What was chosen, for reports."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def generate(

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from bkd.data.prompts import read_prompts
 from bkd.errors import DataError, one_of
-from bkd.eval.generate import Drawing
+from bkd.eval.drawing import Drawing, drawing_settings
 from bkd.eval.images import Saving
 from bkd.eval.prompts_suite import PromptsSuite
-from bkd.eval.sample import drawing_settings
 from bkd.eval.shapes_suite import ShapesSuite
 from bkd.eval.suites import Suite
 from bkd.run_folder import SUITES

@@ -18,7 +18,8 @@ from bkd.cost import unet_cost
 from bkd.environment import PACKAGES, installed_version, process_place
 from bkd.errors import OutputError
 from bkd.eval.candidates import Named, load_candidate, name_candidates
-from bkd.eval.generate import Drawing, block_size, draw
+from bkd.eval.drawing import Drawing
+from bkd.eval.generate import block_size, draw
 from bkd.eval.images import IMAGE_FOLDER, ImageFolder
 from bkd.eval.pictures import side_by_side
 from bkd.eval.suites import Suite

@@ -7,47 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from bkd.data.shapes import EMBEDDED
-from bkd.errors import ModelError
-from bkd.eval.generate import Drawing, generate
-from bkd.few_steps import few_steps, require_steps
-from bkd.guidance import nearest_scale, pipeline_scale
-from bkd.locate import is_folder, locate
+from bkd.eval.drawing import Drawing, require_drawable
+from bkd.eval.generate import generate
+from bkd.locate import locate
 from bkd.models import best_device, load_pipeline
 from bkd.output_folder import require_free
-from bkd.run_folder import RunFolder
 from bkd.schedulers import chosen_scheduler
-
-EMBEDDED_DRAWING = (20, 3.0)
-USUAL_DRAWING = (25, 7.5)
-
-
-def drawing_settings(
-    model: str, steps: int | None, guidance: float | None, *, suite: str = "prompts", alone: bool = False
-) -> tuple[int, float]:
-    """Denoising steps and guidance scale: as asked, else the run's own, else what the kind of model is used with.
-
-    Args:
-        model: A MODEL argument.
-        steps: As asked.
-        guidance: As asked.
-        suite: What is drawn for.
-        alone: Whether no other model is drawn with, so that what it knows itself comes before what its run says.
-    """
-    run = RunFolder(Path(model))
-    if run.facts_file.is_file():
-        samples = run.recipe().samples
-        usual = (samples.num_inference_steps, samples.guidance_scale)
-        own = alone
-    else:
-        usual = EMBEDDED_DRAWING if EMBEDDED in (model, suite) else USUAL_DRAWING
-        own = is_folder(model)
-    if own:
-        folder = locate(model, weights=False)
-        guidance = guidance or nearest_scale(folder, usual[1])
-        if alone and steps is None and (few := few_steps(folder)):
-            steps = few.num_inference_steps
-    return steps or usual[0], guidance or usual[1]
 
 
 def sample_to_folder(
@@ -62,17 +27,11 @@ def sample_to_folder(
 
     Raises:
         OutputError: If the folder holds something and `overwrite` is off.
-        ModelError: If there is no such model, or it has not learnt that guidance scale, or so many steps.
+        ModelError: If there is no such model, or it does not draw so; see `require_drawable`.
     """
-    folder = locate(model)
-    scale = pipeline_scale(folder, drawing.guidance_scale, model)
-    require_steps(folder, drawing.num_inference_steps, model)
-    if drawing.scheduler is not None and few_steps(folder) is not None:
-        raise ModelError(
-            "this student was trained for one sampler", where=model, got=drawing.scheduler, remedy="no --scheduler"
-        )
+    scale = require_drawable(model, drawing)
     require_free(output, overwrite=overwrite, marker="prompts.txt")
-    pipe = load_pipeline(folder, device=best_device())
+    pipe = load_pipeline(locate(model), device=best_device())
     if drawing.scheduler is not None:
         pipe.scheduler = chosen_scheduler(drawing.scheduler, pipe.scheduler)
     images = generate(

@@ -116,11 +116,12 @@ def _guidance_problems(method: Guided, recipe: Recipe) -> Iterator[str]:
 
 def _halving_problems(method: Halving) -> Iterator[str]:
     teacher, student = method.num_inference_steps
-    key = f"method.num_inference_steps: {teacher} steps"
+    key = f"method.num_inference_steps: {teacher} step{'s' * (teacher != 1)}"
     if not method.halves:
         halved = [str(teacher >> k) for k in range(1, teacher.bit_length()) if teacher % (1 << k) == 0]
         allowed = f"[{teacher}, M] with M one of {', '.join(halved)}" if halved else "an even number to begin with"
-        yield f"{key} cannot be halved until {student} are left (allowed: {allowed})"
+        swapped = f"; did you mean [{student}, {teacher}]?" if student > teacher else ""
+        yield f"{key} cannot be halved until {student} are left{swapped} (allowed: {allowed})"
     if method.sampler == "stochastic" and student % 2:
         yield f"{key.rpartition(':')[0]}: sampler stochastic goes two steps ahead, and {student} is odd"
     if method.direction == "inversion" and method.sampler == "stochastic":

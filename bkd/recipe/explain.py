@@ -24,6 +24,7 @@ EXPECTED = {
 }
 METHODS = {kind.name: kind for kind in (Kd, Guided, Halving, Finetune)}
 SCALE = "guidance_scale"
+STEPS = "num_inference_steps"
 
 
 def explain(problem: Mapping[str, Any]) -> str:
@@ -45,10 +46,14 @@ def explain(problem: Mapping[str, Any]) -> str:
         allowed = problem["ctx"]["expected"]
         return f"{key}: should be {allowed} (got {got!r})"
     if kind == "missing":  # an item of a list: no key has to be there
-        return f"{'.'.join(location[:-1])}: too few items (got {got!r})"
+        return f"{'.'.join(location[:-1])}: too few items{_wanted(location[-2])} (got {got!r})"
     if kind == "too_long":
-        return f"{key}: should have {problem['ctx']['max_length']} items (got {got!r})"
+        return f"{key}: should have {problem['ctx']['max_length']} items{_wanted(location[-1])} (got {got!r})"
     return f"{key}: should be {EXPECTED.get(kind, problem['msg'])} (got {got!r})"
+
+
+def _wanted(key: str) -> str:
+    return ": [N, M], from N steps to M" if key == STEPS else ""
 
 
 def _location(parts: Sequence[Any]) -> list[str]:
@@ -78,6 +83,8 @@ def _instead_of(location: Sequence[str], method: str | None) -> str:
         key = ".".join(location[location.index("method") + 1 :])
         owners = [name for name, kind in METHODS.items() if key in _all_keys(kind)]
         return f" of method '{method}'; it belongs to {', '.join(owners)}"
+    if elsewhere and parents[-1:] == ["train"] and len(parents) > 1:
+        return f"; all stages have it in common: '{elsewhere[0]}'"
     if elsewhere:
         return f"; did you mean '{elsewhere[0]}'?"
     here = ".".join(parents)

@@ -222,7 +222,7 @@ def _schedule_advice(train: Train) -> list[str]:
         found.append(f"the warm-up of {train.warmup_steps:,} steps does not end within {train.max_steps:,}")
     if train.ema and (memory := 1 / (1 - train.ema) if train.ema < 1 else math.inf) * 3 > train.max_steps:
         found.append(
-            f"train.ema={train.ema:g} averages over {memory:,.0f} steps and the run has {train.max_steps:,}: "
+            f"train.ema={train.ema:g} averages over {memory:,.0f} steps of only {train.max_steps:,}: "
             "the student would remember its start"
         )
     return found
