@@ -206,7 +206,8 @@ class StageRun:
                 return
             job.listener.phase("writing and reloading the student")
             self._write(student)
-            job.listener.phase("drawing validation pictures")
+            if self._pictures.wanted:
+                job.listener.phase("drawing validation pictures")
             self._save_pictures("final", student)
 
     def _write(self, student: UNet2DConditionModel) -> None:

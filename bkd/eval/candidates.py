@@ -69,12 +69,13 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
         ModelError: If a model does not exist, or a run's teacher is not the one that was named.
     """
     found = [Named("teacher", locate(teacher))] if teacher is not None else []
-    given = {locate(model).resolve() for model in models}
-    for model, label in zip(models, _labels(models), strict=True):
-        run = RunFolder(Path(model))
+    runs = [RunFolder(Path(model)) for model in models]
+    for run in runs:
         if run.facts_file.is_file():
             require_finished(run)
-        folder = locate(model)
+    folders = [locate(model) for model in models]
+    given = {folder.resolve() for folder in folders}
+    for run, folder, label in zip(runs, folders, _labels(models), strict=True):
         if not run.facts_file.is_file():
             found.append(Named(label, folder))
             continue

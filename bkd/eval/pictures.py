@@ -76,12 +76,12 @@ class ValidationPictures:
 
     def draw_teacher(self) -> None:
         """Now, rather than at the first picture."""
-        if self._teacher is None and self._drawn:
+        if self._teacher is None and self.wanted:
             self._teacher = self._draw(self._pipe, self._teacher_kind, self._origin)
 
     def save(self, path: Path, student: UNet2DConditionModel) -> None:
         """Write one picture, where there are prompts, and the student does not encode."""
-        if not self._drawn:
+        if not self.wanted:
             return
         self.draw_teacher()
         assert self._teacher is not None
@@ -91,7 +91,8 @@ class ValidationPictures:
         side_by_side(drawn, self._samples.prompts).save(path)
 
     @property
-    def _drawn(self) -> bool:
+    def wanted(self) -> bool:
+        """Whether there is anything to draw."""
         few = self._kind.few_steps
         return bool(self._samples.prompts) and (few is None or few.direction == "generation")
 
