@@ -18,6 +18,7 @@ from bkd.data.sources import Source
 from bkd.data.survey import DataWish
 from bkd.errors import DataError, ModelError
 from bkd.files import cache_folder
+from bkd.guidance import StudentKind
 from bkd.model_folder import is_inpainting, is_sdxl, native_resolution, unet_config
 from bkd.models import load_noise_schedule
 from bkd.rng import StepRng
@@ -26,11 +27,20 @@ MAX_BATCH = 32
 
 
 def check_calibratable(folder: Path) -> None:
-    """Refuse models whose inputs shards cannot give.
+    """Refuse models that cannot be measured on shards.
 
     Raises:
-        ModelError: For inpainting UNets, whose masks no shard has.
+        ModelError: For inpainting UNets, whose masks no shard has, and for students that nothing could train after
+            blocks were removed.
     """
+    kind = StudentKind.of(folder)
+    if kind.few_steps is not None or (kind.guidance is not None and kind.guidance.takes_scale):
+        raise ModelError(
+            "--keep prunes before guidance is distilled and steps are halved",
+            where=folder,
+            got=kind,
+            remedy="prune and distil the model that this one was made of, then method.name=guided and halving",
+        )
     if is_inpainting(unet_config(folder)):
         raise ModelError(
             "--keep cannot measure inpainting UNets: shards hold no masks",

@@ -19,6 +19,7 @@ from torch import Tensor
 from bkd.data.images import images_at_once, open_image, to_model_range, to_pixels
 from bkd.edit_plan import Edit, Half
 from bkd.errors import DataError, ModelError
+from bkd.eval.generate import image_generator
 from bkd.few_steps import FewSteps
 from bkd.files import replace_file
 from bkd.model_folder import native_resolution
@@ -45,7 +46,7 @@ def edit_image(edit: Edit, *, overwrite: bool = False, phase: Phase) -> None:
     """
     edit.require_possible(overwrite=overwrite)
     pixels = _read(edit.image, edit.side)
-    editor = Editor(edit.encoder, edit.decoder)
+    editor = Editor(edit.encoder, edit.decoder, edit.seed)
     phase(f"encoding with {edit.encoder}")
     noise = editor.encode(pixels, edit.prompts[:1])
     phase(f"decoding with {edit.decoder}")
@@ -81,15 +82,17 @@ class Editor:
     Args:
         encoder: A distilled encoder, or any model that draws: its differential equation is then solved backwards.
         decoder: Any model that draws, of the same latent space and noise levels.
+        seed: Of the noise that a stochastic decoder adds; each image has its own.
 
     Raises:
         ModelError: If the two do not fit together, or cannot do what is asked of them.
     """
 
-    def __init__(self, encoder: Half, decoder: Half) -> None:
+    def __init__(self, encoder: Half, decoder: Half, seed: int = 0) -> None:
         encoder.require_encodes()
         decoder.require_draws()
         _require_same_levels(encoder, decoder)
+        _require_signal(decoder)
         self._scales = encoder.pipeline_scale, decoder.pipeline_scale
         self._encoder, self._decoder = (load_pipeline(half.folder, device=best_device()) for half in (encoder, decoder))
         self._steps = tuple(
@@ -98,7 +101,7 @@ class Editor:
         self._encoder.scheduler = InversionScheduler.from_config(self._encoder.scheduler.config)
         if decoder.steps is None:
             self._decoder.scheduler = _deterministic(self._decoder.scheduler, decoder.num_inference_steps)
-        self._names, self._side = (encoder.model, decoder.model), native_resolution(encoder.folder)
+        self._names, self._side, self._seed = (encoder.model, decoder.model), native_resolution(encoder.folder), seed
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -146,17 +149,25 @@ class Editor:
         """From one end of the grid to the other."""
         walked = []
         for start in range(0, len(prompts), self._batch):
-            chunk = latents[start : start + self._batch].to(pipe.device, pipe.unet.dtype)
+            texts = list(prompts[start : start + self._batch])
             walked.append(
                 pipe(
-                    list(prompts[start : start + self._batch]),
-                    latents=chunk,
+                    texts,
+                    latents=latents[start : start + len(texts)].to(pipe.device, pipe.unet.dtype),
+                    generator=[image_generator(self._seed, start + number) for number in range(len(texts))],
                     num_inference_steps=self._steps[half],
                     guidance_scale=self._scales[half],
                     output_type="latent",
                 ).images.cpu()
             )
-        return torch.cat(walked).float()
+        ended = torch.cat(walked).float()
+        if not ended.isfinite().all():
+            raise ModelError(
+                "the latents are not finite numbers any more",
+                where=self._names[half],
+                remedy="a smaller guidance scale, more steps, or a sounder model",
+            )
+        return ended
 
     @staticmethod
     def _latents(pipe: Any, pixels: Tensor) -> Tensor:
@@ -187,6 +198,18 @@ def _require_same_levels(encoder: Half, decoder: Half) -> None:
             got=f"{len(theirs)} timesteps to alpha {theirs[-1]:.3g}, {sides[1]} px",
             allowed=f"{len(ours)} timesteps to alpha {ours[-1]:.3g}, {sides[0]} px",
             remedy="models of one family, such as a teacher and its students",
+        )
+
+
+def _require_signal(decoder: Half) -> None:
+    """A grid begins at the noisiest timestep, where pure noise says nothing of the image."""
+    schedule = load_noise_schedule(decoder.folder)
+    if schedule.prediction_type == "epsilon" and schedule.alphas[-1] == 0:
+        raise ModelError(
+            "at this model's noisiest timestep epsilon does not say what the clean latents are",
+            where=decoder.model,
+            got="epsilon, of a schedule without signal at its end",
+            allowed="v_prediction or sample with zero terminal SNR",
         )
 
 

@@ -5,15 +5,17 @@ Light, so as to refuse before anything heavy loads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bkd.errors import DataError, ModelError
 from bkd.eval.drawing import drawing_settings
-from bkd.few_steps import FewSteps, few_steps
+from bkd.few_steps import FewSteps, few_steps, require_ode
 from bkd.guidance import nearest_scale, pipeline_scale
 from bkd.locate import locate
-from bkd.model_folder import native_resolution
+from bkd.model_folder import native_resolution, read_json
 from bkd.output_folder import require_new_file
 
 
@@ -77,7 +79,11 @@ class Half:
         return pipeline_scale(self.folder, self.guidance_scale, self.model)
 
     def require_encodes(self) -> None:
-        """Refuse a student that draws in few steps: backwards it would be told noise levels that it never saw."""
+        """Refuse a model whose steps cannot be taken backwards.
+
+        A student that draws in few steps would be told noise levels that it never saw, and of a clean image, which
+        encoding begins with, a model of prediction type `sample` says nothing.
+        """
         if self.steps is not None and self.steps.direction == "generation":
             raise ModelError(
                 "this student draws in few steps, and was not trained to encode",
@@ -85,13 +91,30 @@ class Half:
                 got=self.steps,
                 remedy="an encoder (method.direction=inversion), or the model that it was halved from",
             )
+        if (scheduler := self._scheduler()).get("prediction_type") == "sample":
+            raise ModelError(
+                "this model predicts the clean image, which says nothing of noise while there is none",
+                where=self.model,
+                got="prediction_type sample",
+                allowed="epsilon, v_prediction",
+            )
+        require_ode(scheduler, self.model)
         _ = self.pipeline_scale
 
     def require_draws(self) -> None:
-        """Refuse a student that encodes."""
-        if self.steps is not None:
-            self.steps.require(None, self.model)
+        """Refuse a student that encodes, and models that DDIM does not draw with."""
+        if self.steps is not None and self.steps.direction == "inversion":
+            raise ModelError(
+                "this student encodes images, and does not draw",
+                where=self.model,
+                got=self.steps,
+                remedy="--decoder MODEL: one that draws, such as its teacher or a student of few steps",
+            )
+        require_ode(self._scheduler(), self.model)
         _ = self.pipeline_scale
+
+    def _scheduler(self) -> Mapping[str, Any]:
+        return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
 
 @dataclass(frozen=True)
@@ -104,6 +127,7 @@ class Edit:
         encoder: Finds its noise.
         decoder: Draws from that.
         output: `.png` file to write.
+        seed: Of the noise that a stochastic decoder adds, 0 or more.
     """
 
     image: Path
@@ -111,6 +135,7 @@ class Edit:
     encoder: Half
     decoder: Half
     output: Path
+    seed: int = 0
 
     @property
     def side(self) -> int:

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, PositiveInt
 
 from bkd.errors import ModelError
-from bkd.model_folder import read_json
-from bkd.surgery.plan import PLAN_FILE
+from bkd.surgery.plan import plan_entry
 from bkd.terms import Direction, Sampler
+
+ODE_SCHEDULERS = (
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Those whose models follow the differential equation that DDIM solves: only noise levels matter, and they have them.
+Others, such as those of consistency models, say that the model's steps mean something else."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +46,8 @@ class FewSteps:
         direction: `inversion` for one that encodes.
     """
 
-    num_inference_steps: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    num_inference_steps: PositiveInt
     sampler: Sampler = "deterministic"
     direction: Direction = "generation"
 
@@ -71,8 +95,7 @@ def few_steps(folder: Path) -> FewSteps | None:
     Raises:
         ModelError: If its plan file cannot be read.
     """
-    facts = read_json(folder / PLAN_FILE).get("few_steps") if (folder / PLAN_FILE).is_file() else None
-    return FewSteps(**facts) if isinstance(facts, dict) else None
+    return plan_entry(folder, "few_steps", FewSteps)
 
 
 def require_steps(folder: Path, asked: int, model: object) -> None:
@@ -92,3 +115,24 @@ def steps_of(folder: Path, asked: int, model: object) -> int:
         return asked
     known.require(None, model)
     return known.num_inference_steps
+
+
+def require_ode(scheduler: Mapping[str, Any], model: object) -> None:
+    """Refuse a model whose steps are no DDIM steps.
+
+    Args:
+        scheduler: Its configuration.
+        model: Its name, for errors.
+
+    Raises:
+        ModelError: If it is drawn with in another way.
+    """
+    name = str(scheduler.get("_class_name"))
+    if name not in ODE_SCHEDULERS or scheduler.get("thresholding"):
+        raise ModelError(
+            "this model is not drawn with as DDIM would",
+            where=model,
+            got=f"{name} with thresholding" if name in ODE_SCHEDULERS else name,
+            allowed=", ".join(ODE_SCHEDULERS) + ": all of them describe the noise levels that DDIM walks",
+            remedy="name one of those in the model's scheduler_config.json, if its noise levels are the same",
+        )

@@ -10,12 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 from bkd.errors import ModelError
 from bkd.few_steps import FewSteps, few_steps
-from bkd.model_folder import read_json, unet_config
-from bkd.surgery.plan import PLAN_FILE
+from bkd.model_folder import unet_config
+from bkd.surgery.plan import plan_entry
 from bkd.terms import PredictionType
 
 
@@ -29,6 +31,7 @@ class OnePassGuidance:
         takes_scale: Whether it has an input for the scale; if not, `low` is `high`.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     low: float
     high: float
     takes_scale: bool
@@ -80,6 +83,11 @@ class StudentKind:
     prediction_type: PredictionType | None = None
     few_steps: FewSteps | None = None
 
+    def __str__(self) -> str:
+        told = "told a guidance scale of" if self.guidance and self.guidance.takes_scale else "guidance scale"
+        guided = [] if self.guidance is None else [f"guided in one pass, {told} {self.guidance}"]
+        return "; ".join(guided + ([str(self.few_steps)] if self.few_steps else []))
+
     @classmethod
     def of(cls, folder: Path) -> StudentKind:
         """What a pipeline folder says of itself."""
@@ -107,9 +115,8 @@ def one_pass_guidance(folder: Path) -> OnePassGuidance | None:
     Raises:
         ModelError: If its plan file cannot be read.
     """
-    facts = read_json(folder / PLAN_FILE).get("guidance") if (folder / PLAN_FILE).is_file() else None
-    if isinstance(facts, dict):
-        return OnePassGuidance(float(facts["low"]), float(facts["high"]), bool(facts["takes_scale"]))
+    if (known := plan_entry(folder, "guidance", OnePassGuidance)) is not None:
+        return known
     if unet_config(folder).get("time_cond_proj_dim"):  # made elsewhere: it does not say for which scales
         return OnePassGuidance(1.0, math.inf, takes_scale=True)
     return None

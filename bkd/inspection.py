@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bkd.errors import SurgeryError
+from bkd.guidance import StudentKind
 from bkd.model_folder import model_digest, prompt_length, unet_config
 from bkd.surgery.anatomy import Anatomy, read_anatomy
 from bkd.surgery.budget import CostMap, amount_within, cost_map
@@ -28,7 +29,8 @@ def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
 
     Returns:
         For programs as it stands: `parameters`, `macs`, `macs_without_attention`, `weights_problem` (why the
-            weights are not those of the configuration, or None), `student_of`, `units`, `presets`.
+            weights are not those of the configuration, or None), `student_of`, `drawn_with` (`guidance` and
+            `few_steps` of a student that learnt them, else None), `units`, `presets`.
         Each unit has `id`, `parent`, `modules`, `parameters`, `share_of_macs`; its `partners` and what removing it with
         them saves of each measure (`saved`), or why it cannot go (`reason`).
 
@@ -41,6 +43,7 @@ def inspect_model(folder: Path, teacher: Path | None = None) -> dict[str, Any]:
         **asdict(costs.total()),
         "weights_problem": weights_problem(folder),
         "student_of": _origin(folder, teacher),
+        "drawn_with": StudentKind.of(folder).facts(),
         "units": list(_units(anatomy, costs)),
         "presets": [_preset(anatomy, costs, name) for name in PRESETS if name != "none" and fits(anatomy, name)],
     }

@@ -26,26 +26,6 @@ from bkd.sampling import InversionScheduler, StochasticScheduler
 
 TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What of a scheduler's configuration the noise schedule consists of."""
-ODE_SCHEDULERS = (
-    "DDIMInverseScheduler",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Those whose models follow the differential equation that DDIM solves: only noise levels matter, and they have them.
-Others, such as those of consistency models, say that the model's steps mean something else."""
 CHOICES: dict[str, tuple[type, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),

@@ -10,8 +10,8 @@ import torch
 
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import BkdError, ModelError, RecipeError
-from bkd.few_steps import FewSteps
-from bkd.grid import is_grid, nests
+from bkd.few_steps import FewSteps, few_steps, require_ode
+from bkd.grid import nests
 from bkd.guidance import OnePassGuidance, StudentKind, one_pass_guidance
 from bkd.locate import locate
 from bkd.lora.adapters import require_adaptable
@@ -20,7 +20,6 @@ from bkd.model_folder import model_digest, unet_config
 from bkd.models import load_noise_schedule
 from bkd.recipe.schema import Recipe, Train
 from bkd.recipe.stages import Guided, Halving, Stage, Student
-from bkd.schedulers import ODE_SCHEDULERS
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plans
 from bkd.surgery.recognise import recognise
@@ -131,6 +130,7 @@ def plan_stage(teacher: ModelFacts, stage: Stage) -> RemovalPlan:
     if stage.student.path is not None:
         _require_prediction_type(_located(stage.student.path), teacher.schedule, stage)
         _require_same_guidance(_located(stage.student.path), teacher, stage)
+        _require_same_steps(_located(stage.student.path), teacher, stage)
     if stage.lora is not None:
         require_adaptable(build_empty(dict(teacher.unet), plan), stage.lora)
     return plan
@@ -138,7 +138,7 @@ def plan_stage(teacher: ModelFacts, stage: Stage) -> RemovalPlan:
 
 def _require_halving(teacher: ModelFacts, method: Halving) -> None:
     """Refuse what the formulas, or the grids, do not hold for."""
-    before, after = method.num_inference_steps
+    before = method.num_inference_steps[0]
     known, timesteps = teacher.few_steps, teacher.schedule.num_train_timesteps
     key = "stages.0.method.num_inference_steps"
     if known is not None and known != FewSteps(before, direction=method.direction):
@@ -150,7 +150,7 @@ def _require_halving(teacher: ModelFacts, method: Halving) -> None:
             if (known.sampler, known.direction) == ("deterministic", method.direction)
             else "halve the model that it was made of",
         )
-    if not (is_grid(timesteps, before) and (before == after or nests(timesteps, before))):
+    if not nests(timesteps, before):
         fitting = [n for n in range(2, timesteps // 2 + 1, 2) if nests(timesteps, n)]
         nearest = sorted(fitting, key=lambda n: abs(n - before))[:4]
         raise RecipeError(
@@ -160,15 +160,7 @@ def _require_halving(teacher: ModelFacts, method: Halving) -> None:
             allowed=f"powers of two and even divisors of {timesteps:,} among others; next to it: "
             + ", ".join(map(str, sorted(nearest))),
         )
-    name = str(teacher.scheduler.get("_class_name"))
-    if name not in ODE_SCHEDULERS or teacher.scheduler.get("thresholding"):
-        raise ModelError(
-            "this teacher is not drawn with as DDIM would",
-            where=teacher.name,
-            got=f"{name} with thresholding" if name in ODE_SCHEDULERS else name,
-            allowed=", ".join(ODE_SCHEDULERS) + ": all of them describe the noise levels that DDIM walks",
-            remedy="name one of those in the teacher's scheduler_config.json, if its noise levels are the same",
-        )
+    require_ode(teacher.scheduler, teacher.name)
     _require_prediction(teacher, method.prediction_type, torch.tensor([timesteps - 1]), "a teacher of v_prediction")
     if method.direction == "inversion" and "sample" in (teacher.schedule.prediction_type, method.prediction_type):
         raise RecipeError(
@@ -304,4 +296,19 @@ def _require_same_guidance(student: Path, teacher: ModelFacts, stage: Stage) -> 
             got=f"guidance_scale {known}; method {stage.method.name}",
             allowed="method guided",
             remedy="train it further before guidance is distilled, or with method.name=guided",
+        )
+
+
+def _require_same_steps(student: Path, teacher: ModelFacts, stage: Stage) -> None:
+    """What knows a few noise levels was trained at those alone, and one way."""
+    known, method = few_steps(student), stage.method
+    fitting = (teacher.few_steps, method.few_steps) if isinstance(method, Halving) else ()
+    if known is not None and known not in fitting:
+        raise RecipeError(
+            "this student knows a few noise levels only, and other ones than it would be trained at",
+            where="stages.0.student.path",
+            got=f"{known}; method {method.name}",
+            allowed="a student that takes as many steps as one likes"
+            + "".join(f", or {few}" for few in fitting if few is not None),
+            remedy="leave student.path out, or name the model that this student was halved from",
         )

@@ -191,6 +191,17 @@ def test_the_report_is_one_page_with_escaped_words(bkd, finished):
     assert "http://" not in page and "https://" not in page and 'src="/' not in page
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"settings": {"drawing": {}}, "models": []}', '{"settings": 3}'])
+def test_a_damaged_measurement_is_named(bkd, finished, text):
+    evaluation = finished / "eval" / "prompts.json"
+    evaluation.parent.mkdir(exist_ok=True)
+    evaluation.write_text(text)
+    code, printed = bkd("report", finished, "-o", finished.parent / "other.html")
+    evaluation.unlink()
+    assert code == 1 and "Traceback" not in printed and "prompts.json" in " ".join(printed.split())
+    assert not (finished.parent / "other.html").exists()
+
+
 def test_sampling_writes_numbered_pictures(bkd, tmp_path):
     prompt = "a small blue circle at the bottom right on a gray background"
     arguments = ["sample", "shapes", "--prompt", prompt, "--num-inference-steps", 2, "-o", tmp_path / "out"]

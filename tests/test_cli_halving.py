@@ -332,13 +332,16 @@ def test_what_is_handed_on_says_how_many_steps_it_takes(bkd, train, chain, monke
         monkeypatch.setattr(f"bkd.export.{name}", lambda *args: None)
     code, printed = bkd("export", chain, "-o", tmp_path / "folder")
     assert code == 0 and "it was halved to 4 steps: call the pipeline with num_inference_steps=4" in printed
+    assert "it is told the guidance scale: call the pipeline with guidance_scale=1 to 8" in printed
     assert few_steps(tmp_path / "folder") == FewSteps(4)
     text = halving_recipe(num_inference_steps="[4, 2]").replace("stages: [{", "stages: [{lora: {r: 2}, ")
     run = train("lora", text)
     code, printed = bkd("export", run, "--format", "lora", "-o", tmp_path / "two.safetensors")
-    assert code == 0 and f"num_inference_steps=2 and the scheduler of {run / 'student' / 'scheduler'}" in " ".join(
-        printed.split()
-    )
+    printed = " ".join(printed.split())
+    assert code == 0 and f"num_inference_steps=2; its scheduler: {run / 'student' / 'scheduler'}" in printed
+    encoder = train("encoder", halving_recipe(num_inference_steps="[4, 2]", direction="inversion"))
+    printed = " ".join(bkd("export", encoder, "-o", tmp_path / "encoder")[1].split())
+    assert "the image's latents and bkd.sampling.InversionScheduler, or use bkd edit" in printed
     chained = text.replace("[4, 2]", "[4, 1]")
     code, printed = bkd("export", train("loras", chained), "--format", "lora", "-o", tmp_path / "one.safetensors")
     assert code == 1 and "adapters of stage 2, over the student of stage 1" in printed

@@ -124,3 +124,5 @@ def test_a_few_steps_are_measured(bkd, tmp_path, monkeypatch):
     code, printed = bkd("bench", "train", "shapes/sd-tiny", "--steps", 1, *settings)
     assert code == 0 and not list(tmp_path.iterdir())
     assert "images/s" in printed and "hours for 400 steps" in printed and "peak memory" in printed
+    code, printed = bkd("bench", "train", "shapes/full-chain", "--steps", 1, "stages.0.train.max_steps=7")
+    assert code == 0 and "hours for the 7 steps of the first of 6 stages" in " ".join(printed.split())

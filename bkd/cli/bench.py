@@ -30,14 +30,14 @@ def train_(
 
     teacher, stages = check_teacher(parsed)
     with progress_view() as view:
-        view.phase(f"{2 * steps} steps of {parsed.train.batch} images")
+        view.phase(f"{2 * steps} steps of {stages[0].train.batch} images")
         speed = bench_train(parsed, teacher, stages[0], steps=steps, progress=view.update)
-    hours = speed.seconds * parsed.train.max_steps / 3600
+    max_steps = stages[0].train.max_steps
+    hours = speed.seconds * max_steps / 3600
     console.print(f"device: {speed.device}")
     console.print(f"{speed.images_per_second:,.2f} images/s, {speed.seconds:,.3f} s a step")
-    console.print(
-        f"{hours:,.2f} hours for {parsed.train.max_steps:,} steps; reading data, checkpoints and pictures are not in it"
-    )
+    whose = f"the {max_steps:,} steps of the first of {len(stages)} stages" if stages[1:] else f"{max_steps:,} steps"
+    console.print(f"{hours:,.2f} hours for {whose}; reading data, checkpoints and pictures are not in it")
     whose = "on the device" if best_device().type == "cuda" else "of the process"
     console.print(f"peak memory {whose}: {gib(speed.peak_bytes)} GiB")
     show_advice(recipe, stages[:1], [estimated(stages[0])])

@@ -61,7 +61,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, l
     """Numbers to the right; the columns of words, the first unless others are given, to the left."""
     made = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(header):
-        made.add_column(name, justify="left" if index in left else "right")
+        made.add_column(name, justify="left" if index in left else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

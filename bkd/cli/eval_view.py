@@ -6,7 +6,7 @@ from typing import Any
 
 from bkd.cli.console import console, short, table
 from bkd.eval.drawing import Drawing
-from bkd.eval.shown import NONE, SPLIT_TITLES, relative, share
+from bkd.eval.shown import NONE, SPLIT_TITLES, own_samplers, relative, share
 
 COST = ("UNet calls", "MACs an image")
 METRICS = {"fid": "FID", "kid": "KID", "inception_score": "IS", "clip_score": "CLIP score"}
@@ -21,8 +21,8 @@ def show(report: dict[str, Any]) -> None:
             _show_split(report, split, how)
     else:
         _show_metrics(report, how)
-    if own := [row["name"] for row in report["models"] if "few_steps" in row.get("sampler", {})]:
-        console.print(f"with the steps and the sampler that they were trained for: {', '.join(own)}")
+    if own := own_samplers(report):
+        console.print(own)
 
 
 def _show_split(report: dict[str, Any], split: str, how: str) -> None:

@@ -70,6 +70,7 @@ def edit(
     num_inference_steps: Annotated[
         int, typer.Option(min=1, max=1000, help="Of models that were not halved to steps of their own.")
     ] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise that a stochastic decoder adds.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the output file.")] = False,
 ) -> None:
     """Encode an image with one prompt or model, decode with another."""
@@ -80,7 +81,7 @@ def edit(
     first = Half.encoder(encoder, encoder_guidance_scale, num_inference_steps)
     refuse_unknown(decoder or encoder)
     second = Half.decoder(decoder or encoder, decoder_guidance_scale, num_inference_steps)
-    wish = Edit(image, (source, target), first, second, output)
+    wish = Edit(image, (source, target), first, second, output, seed)
     wish.require_possible(overwrite=overwrite)
     console.print("loading …")
     prepare()

@@ -64,6 +64,7 @@ def inspect(
     """Show a UNet's units, which may go, and what presets would leave."""
     folder = _located(model, revision, config, weights=False)
     prepare()
+    from bkd.guidance import StudentKind
     from bkd.inspection import inspect_model
     from bkd.locate import locate
 
@@ -71,10 +72,10 @@ def inspect(
     if as_json:
         console.print_json(data=found)
     else:
-        _show_anatomy(model, found)
+        _show_anatomy(model, found, str(StudentKind.of(folder)))
 
 
-def _show_anatomy(model: str, found: dict[str, Any]) -> None:
+def _show_anatomy(model: str, found: dict[str, Any], drawn_with: str) -> None:
     from bkd.cli.anatomy_view import preset_table, unit_table
 
     console.print(unit_table(model, found))
@@ -84,6 +85,8 @@ def _show_anatomy(model: str, found: dict[str, Any]) -> None:
         how = "taken to be" if origin["inferred"] else "a student by plan"
         lacks = f"which lacks {', '.join(origin['removed'])}" if origin["removed"] else "with all blocks"
         console.print(f"{how} '{origin['plan']}', {lacks}")
+    if drawn_with:
+        console.print(f"drawn with: {drawn_with}")
     if found["presets"]:
         console.print(preset_table(found))
 

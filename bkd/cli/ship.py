@@ -10,6 +10,7 @@ import typer
 from bkd.cli.console import console, prepare
 
 if TYPE_CHECKING:
+    from bkd.few_steps import FewSteps
     from bkd.guidance import StudentKind
 
 
@@ -58,23 +59,38 @@ def export(
             RunFolder(run), output, DTYPES[one_of(dtype or "float32", DTYPES, kind="dtype")], overwrite=overwrite
         )
         console.print(f"done: {output} is a stock diffusers pipeline folder")
-        _show_use(StudentKind.of(output))
+        _show_use(StudentKind.of(output), output / "scheduler")
     else:
         used = export_lora(RunFolder(run), output, overwrite=overwrite)
         console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(run).recipe().teacher.id}")
-        _show_use(used, scheduler=run / "student" / "scheduler")
+        _show_use(used, run / "student" / "scheduler")
 
 
-def _show_use(kind: StudentKind, scheduler: Path | None = None) -> None:
+def _show_use(kind: StudentKind, scheduler: Path) -> None:
     """How a pipeline is to be called, where that is not as usual.
 
     Args:
         kind: What was handed on.
-        scheduler: Where the scheduler is that draws with it, if the pipeline has another.
+        scheduler: Folder of the scheduler that draws with it.
     """
-    if kind.guidance is not None and not kind.guidance.takes_scale:
-        console.print(f"it holds guidance_scale {kind.guidance}: call the pipeline with guidance_scale=1.0")
-    if kind.few_steps is not None:
-        steps = f"num_inference_steps={kind.few_steps.stock_steps}"
-        its = "" if scheduler is None else f" and the scheduler of {scheduler}"
-        console.print(f"it was halved to {kind.few_steps}: call the pipeline with {steps}{its}")
+    known, few = kind.guidance, kind.few_steps
+    if known is not None and known.takes_scale:
+        console.print(
+            f"it is told the guidance scale: call the pipeline with guidance_scale={known.low:g} to {known.high:g}"
+        )
+    elif known is not None:
+        console.print(f"it holds guidance_scale {known}: call the pipeline with guidance_scale=1.0")
+    if few is not None:
+        console.print(f"it was halved to {few}: {_call(few)}; its scheduler: {scheduler}")
+
+
+def _call(few: FewSteps) -> str:
+    """How the number of steps is said; the stock scheduler of a student's folder is exact unless another is named."""
+    if few.direction == "inversion":
+        return (
+            f"call the pipeline with num_inference_steps={few.num_inference_steps}, the image's latents and "
+            "bkd.sampling.InversionScheduler, or use bkd edit"
+        )
+    stock = f"call the pipeline with num_inference_steps={few.stock_steps}"
+    own = f", or {few.num_inference_steps} and bkd.sampling.StochasticScheduler"
+    return stock + own * (few.sampler == "stochastic")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bkd.cli.console import console, short, table
+from bkd.eval.drawing import Drawing
 
 
 def show_speed(report: dict[str, Any]) -> None:
@@ -36,12 +37,12 @@ def show_speed(report: dict[str, Any]) -> None:
         for model in report["models"]
         for place, (name, case) in enumerate(model["cases"].items())
     ]
-    own = {model["name"]: model["num_inference_steps"] for model in report["models"]}
     cases = [case for model in report["models"] for case in model["cases"].values()]
     title = f"{settings['rounds']} rounds in turns"
     if "pipeline" in settings["parts"]:
-        title += f"; pipeline: {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}"
-        title += "".join(f", {name} {n}" for name, n in own.items() if n != settings["num_inference_steps"])
+        title += f"; pipeline: {_drawn(settings)}"
+        others = [model for model in report["models"] if _drawn(model) != _drawn(settings)]
+        title += "".join(f"; {model['name']}: {_drawn(model)}" for model in others)
     if report["device"].startswith("cpu") and any("memory" in case for case in cases):
         title += "; peak memory: of the process, libraries included"
     header = ("model", "call", "median s", "90 % s", "speed-up", "peak MiB")
@@ -50,6 +51,10 @@ def show_speed(report: dict[str, Any]) -> None:
         for name, case in model["cases"].items():
             if "skipped" in case.get("memory", {}):
                 console.print(f"peak memory of {model['name']}, {name}, skipped: {case['memory']['skipped']}")
+
+
+def _drawn(how: dict[str, Any]) -> str:
+    return str(Drawing(how["num_inference_steps"], how["guidance_scale"]))
 
 
 def _seconds(case: dict[str, Any], name: str) -> str:

@@ -45,11 +45,18 @@ class Named:
         """How it draws: as asked, but in as many steps, and with the scheduler, that it was trained for.
 
         Raises:
-            ModelError: If it does not draw, or has not learnt that guidance scale.
+            ModelError: If it does not draw, or has not learnt that guidance scale, or does not draw with such noise.
         """
         pipeline_scale(self.folder, asked.guidance_scale, self.name)
-        if few_steps(self.folder) is None:
+        if (few := few_steps(self.folder)) is None:
             return asked
+        if few.sampler == "stochastic" and asked.rng == "bksdm":
+            raise ModelError(
+                "this student's sampler draws noise on the way: from one generator images would depend on each other",
+                where=self.name,
+                got="--rng bksdm",
+                remedy="--rng per-image",
+            )
         steps = steps_of(self.folder, asked.num_inference_steps, self.name)
         return replace(asked, num_inference_steps=steps, scheduler=None)
 

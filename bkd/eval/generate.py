@@ -155,7 +155,7 @@ class Noise:
         """Noise (N, C, H, W) of images in ascending order, and what draws further noise of theirs."""
         if self._drawing.rng == "bksdm":
             return torch.cat([self._from_stream(number) for number in numbers]), self._stream
-        generators = [torch.Generator().manual_seed(_mixed(self._drawing.seed, number)) for number in numbers]
+        generators = [image_generator(self._drawing.seed, number) for number in numbers]
         # In float32, whatever the model computes in: models of two precisions then start from the same noise.
         noise = torch.cat([torch.randn(self._shape, generator=generator) for generator in generators])
         return noise.to(self._device, self._dtype), generators
@@ -175,6 +175,11 @@ class Noise:
         return drawn
 
 
-def _mixed(seed: int, number: int) -> int:
-    """A generator's seed. CPU generators read 32 bits of theirs, so the two cannot simply stand side by side."""
-    return (seed * GOLDEN_RATIO + number) % 2**32
+def image_generator(seed: int, number: int) -> torch.Generator:
+    """Of the noise of one image.
+
+    Args:
+        seed: 0 or more.
+        number: The image's. CPU generators read 32 bits of a seed, so the two cannot simply stand side by side in it.
+    """
+    return torch.Generator().manual_seed((seed * GOLDEN_RATIO + number) % 2**32)

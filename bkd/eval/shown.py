@@ -11,6 +11,12 @@ SPLIT_TITLES = {"test": "unseen captions", "novel": "unseen combinations", "them
 """Of the embedded world's splits that are measured."""
 
 
+def own_samplers(report: Mapping[str, Any]) -> str | None:
+    """Which models of an evaluation were not drawn as the others were."""
+    own = [model["name"] for model in report["models"] if "few_steps" in model.get("sampler", {})]
+    return f"with the steps and the sampler that they were trained for: {', '.join(own)}" if own else None
+
+
 def share(proportion: Mapping[str, Any] | None) -> str:
     """What is right of all there is."""
     return f"{proportion['successes'] / proportion['total']:.1%}" if proportion else NONE

@@ -118,8 +118,9 @@ def bench_speed(
     Raises:
         ModelError: If a dtype is none that the device computes in, or a model has not learnt the guidance scale.
     """
-    own = {model.name: {"num_inference_steps": wish_for(model, wish).num_inference_steps} for model in models}
-    rows: list[dict[str, Any]] = [{"name": m.name, **size_of(m), **own[m.name], "cases": {}} for m in models]
+    rows: list[dict[str, Any]] = [
+        {"name": model.name, **size_of(model), **_drawing_of(model, wish), "cases": {}} for model in models
+    ]
     for name in wish.dtypes:
         _time_dtype(rows, models, wish, name, device, phase, progress)
         gc.collect()
@@ -193,11 +194,17 @@ def wish_for(model: Named, wish: SpeedWish) -> SpeedWish:
     Raises:
         ModelError: If the model does not draw, or draws guided in one pass, and not at that scale.
     """
+    own = _drawing_of(model, wish)
+    return replace(wish, **{**own, "guidance_scale": pipeline_scale(model.folder, own["guidance_scale"], model.name)})
+
+
+def _drawing_of(model: Named, wish: SpeedWish) -> dict[str, Any]:
+    """Steps and guidance that a model draws with, in its user's words."""
     asked = wish.guidance_scale
-    if wish.nearest_scale:
-        asked = nearest_scale(model.folder, asked)
-    steps = steps_of(model.folder, wish.num_inference_steps, model.name)
-    return replace(wish, guidance_scale=pipeline_scale(model.folder, asked, model.name), num_inference_steps=steps)
+    return {
+        "num_inference_steps": steps_of(model.folder, wish.num_inference_steps, model.name),
+        "guidance_scale": nearest_scale(model.folder, asked) if wish.nearest_scale else asked,
+    }
 
 
 def call_of(case: Case, pipe: StableDiffusionPipeline, wish: SpeedWish) -> Callable[[], object]:

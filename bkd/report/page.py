@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bkd.errors import OutputError
-from bkd.eval.shown import NONE, SPLIT_TITLES, relative, share
+from bkd.eval.drawing import Drawing
+from bkd.eval.shown import NONE, SPLIT_TITLES, own_samplers, relative, share
 from bkd.files import write_atomically
+from bkd.model_folder import read_json
 from bkd.report.stages import StageView, data_url, stage_views
 from bkd.run_folder import RunFolder
 
@@ -80,12 +81,16 @@ def _view(run: RunFolder) -> RunView:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    if "drawing" not in found.get("settings", {}) or "num_inference_steps" not in found["models"][0]:
+    found = read_json(path)
+    try:
+        how, whole = str(Drawing(**found["settings"]["drawing"])), "num_inference_steps" in found["models"][0]
+    except (LookupError, TypeError):
+        how, whole = "", False
+    if not whole:
         raise OutputError(
             "this measurement is of another version", where=path, remedy=f"bkd eval {path.parent.parent} --overwrite"
         )
-    return found
+    return {**found, "how": how, "own_samplers": own_samplers(found)}
 
 
 def _pictures(run: RunFolder) -> tuple[tuple[str, str], ...]:

@@ -57,8 +57,10 @@ def data_url(path: Path) -> str:
 
 
 def _picture(run: RunFolder, number: int) -> str | None:
-    found = sorted(run.samples.glob(f"{number:02d}-step-*.png")) + sorted(run.samples.glob(f"{number:02d}-final.png"))
-    return data_url(found[-1]) if found else None
+    """The newest: of a stage that is trained anew, the last picture of the earlier training may still lie there."""
+    found = [*run.samples.glob(f"{number:02d}-step-*.png"), *run.samples.glob(f"{number:02d}-final.png")]
+    newest = max(found, key=lambda path: (path.stat().st_mtime_ns, "final" in path.name, path.name), default=None)
+    return data_url(newest) if newest else None
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> tuple[tuple[str, str], ...]:

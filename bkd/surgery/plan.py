@@ -10,14 +10,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from bkd.errors import SurgeryError
+from pydantic import TypeAdapter, ValidationError
+
+from bkd.errors import ModelError, SurgeryError
 
 Sites = Literal["block", "bk", "layer", "self-attn"]
 """Which activations feature KD compares: after every block (Segmind), BK-SDM's choice of them, after every layer
 (SSD-1B), or every self-attention (KOALA)."""
 
+T = TypeVar("T")
 PLAN_FILE = "bkd_plan.json"
 GUIDANCE_INPUT = "time_embedding.cond_proj.weight"
 """The stock UNet's projection of the embedded guidance scale."""
@@ -122,6 +125,33 @@ class Lineage:
         for plan in self.plans:
             removed = (*(plan.source_of(module) for module in removed), *plan.removed_modules)
         return removed
+
+
+def plan_entry(folder: Path, key: str, kind: type[T]) -> T | None:
+    """What the plan file beside a student says of how it is used.
+
+    Args:
+        folder: Pipeline folder.
+        key: Of the file.
+        kind: Dataclass of what stands there.
+
+    Returns:
+        None for folders without that file, or files without such an entry.
+
+    Raises:
+        ModelError: If it cannot be read, as one that a later release wrote.
+    """
+    path = folder / PLAN_FILE
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return None if facts.get(key) is None else TypeAdapter(kind).validate_python(facts[key])
+    except (ValueError, AttributeError, OSError) as error:
+        raise ModelError(
+            f"'{key}' of this plan file cannot be read",
+            where=path,
+            got=" ".join(str(error).splitlines()[1:3]) if isinstance(error, ValidationError) else error,
+            remedy="the bkd that wrote it, or a whole copy of the student's folder",
+        ) from error
 
 
 def load_plan(folder: Path) -> RemovalPlan:

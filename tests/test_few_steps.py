@@ -1,0 +1,183 @@
+"""What a folder says of its student's steps and guidance, and what follows from that for every command."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from bkd.data.shapes import scene
+from bkd.data.shapes_checker import rendered
+from bkd.edit import Editor
+from bkd.errors import ModelError
+from bkd.few_steps import FewSteps, few_steps
+from bkd.guidance import OnePassGuidance, StudentKind, one_pass_guidance
+from bkd.report.stages import _picture, data_url
+from bkd.run_folder import RunFolder
+from bkd.surgery.plan import PLAN_FILE
+from tests.test_cli_halving import copied
+from tests.test_edit import claimed, half
+
+PROMPT = "a small blue circle at the bottom right on a gray background"
+
+
+def with_facts(folder, **facts):
+    """Change what a model's plan file says."""
+    path = folder / PLAN_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def students(teacher_folder, tmp_path_factory):
+    """Copies of the teacher that say they are students of several kinds: name -> folder."""
+    root = tmp_path_factory.mktemp("students")
+    kinds = {
+        "four": FewSteps(4),
+        "eight": FewSteps(8),
+        "stochastic": FewSteps(4, "stochastic"),
+        "encoder": FewSteps(4, direction="inversion"),
+    }
+    found = {name: claimed(teacher_folder, root / name, few) for name, few in kinds.items()}
+    found["one-scale"] = with_facts(
+        claimed(teacher_folder, root / "one-scale", FewSteps(4)), guidance=OnePassGuidance(2.0, 2.0, False).facts()
+    )
+    return found
+
+
+def test_a_kind_says_how_it_is_drawn_with(students):
+    assert str(StudentKind.of(students["one-scale"])) == "guided in one pass, guidance scale 2; 4 steps"
+    told = StudentKind(OnePassGuidance(1.0, 8.0, takes_scale=True), None, FewSteps(4, "stochastic"))
+    assert str(told) == "guided in one pass, told a guidance scale of 1 to 8; 4 steps (stochastic)"
+    assert str(StudentKind()) == ""
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"few_steps": {"steps": 4}}, "'few_steps' of this plan file cannot be read"),
+        ({"few_steps": {"num_inference_steps": 4, "sampler": "other"}}, "'deterministic' or 'stochastic'"),
+        ({"few_steps": {"num_inference_steps": 0}}, "greater than 0"),
+        ({"few_steps": 4}, "'few_steps' of this plan file cannot be read"),
+        ({"few_steps": {"num_inference_steps": 4, "order": 2}}, "order"),
+        ({"guidance": {"low": 1.0}}, "'guidance' of this plan file cannot be read"),
+    ],
+)
+def test_a_plan_file_that_says_something_else_is_refused(bkd_refuses, students, tmp_path_factory, facts, message):
+    other = with_facts(shutil.copytree(students["four"], tmp_path_factory.mktemp("other") / "student"), **facts)
+    with pytest.raises(ModelError, match="this plan file cannot be read"):
+        _ = few_steps(other), one_pass_guidance(other)
+    bkd_refuses(["sample", other, "--prompt", PROMPT, "-o", "out"], message)
+
+
+def test_inspect_says_how_a_student_is_drawn_with(bkd, students):
+    code, printed = bkd("inspect", students["one-scale"])
+    assert code == 0 and "drawn with: guided in one pass, guidance scale 2; 4 steps" in printed
+    code, printed = bkd("inspect", students["stochastic"], "--json")
+    found = json.loads(printed[printed.index("{") :])["drawn_with"]
+    assert found == {"guidance": None, "few_steps": FewSteps(4, "stochastic").facts()}
+    assert "drawn with" not in bkd("inspect", "shapes")[1]
+
+
+@pytest.mark.parametrize("method", ["kd", "finetune", "guided", "{name: halving, num_inference_steps: [16, 8]}"])
+@pytest.mark.parametrize("student", ["four", "encoder"])
+def test_a_student_of_few_steps_is_not_trained_at_others(bkd_refuses, students, method, student):
+    method = method if "{" in method else f"{{name: {method}}}"
+    changed = [f"stages.0.student={{path: {students[student]}}}", f"stages.0.method={method}", "-o", "run"]
+    bkd_refuses(
+        ["train", "shapes/sd-small", *changed], "knows a few noise levels only, and other ones than it would be"
+    )
+
+
+def test_a_student_is_halved_further_from_itself_or_its_teacher(bkd, students, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = f"data.shards={shards[0].parent}"
+    for student in ("four", "eight"):
+        changed = [f"stages.0.student={{path: {students[student]}}}", f"teacher.id={students['eight']}", "--dry-run"]
+        method = "stages.0.method={name: halving, num_inference_steps: [8, 4]}"
+        code, printed = bkd("train", "shapes/sd-small", *changed, method, where)
+        assert code == 0, printed
+
+
+@pytest.mark.parametrize("count", [96, 192, 224])
+def test_a_stochastic_sampler_needs_nested_grids_too(bkd_refuses, count):
+    method = f"{{name: halving, num_inference_steps: [{count}, {count}], sampler: stochastic}}"
+    bkd_refuses(["train", "shapes/sd-small", f"stages.0.method={method}", "-o", "run"], "do not lie in pairs")
+
+
+@pytest.mark.parametrize("student", ["four", "encoder"])
+def test_units_are_not_chosen_for_what_could_not_be_trained_after(bkd_refuses, students, shards, student):
+    pruned = ["prune", students[student], "--keep", "0.7", "--calibration", shards[0], "-o", "out"]
+    bkd_refuses(pruned, "--keep prunes before guidance is distilled and steps are halved")
+
+
+def test_one_stream_of_noise_is_refused_before_anything_is_drawn(bkd_refuses, students):
+    models = ["--teacher", "shapes", students["stochastic"], "--guidance-scale", 3]
+    wish = ["eval", *models, "--num-prompts", 2, "--split", "test", "--rng", "bksdm", "-o", "out"]
+    bkd_refuses(wish, "draws noise on the way: from one generator images would depend on each other")
+
+
+def test_speed_names_the_steps_and_the_guidance_of_each_model(bkd, students, tmp_path):
+    fast = ["--part", "pipeline", "--batch", 1, "--rounds", 2, "--num-inference-steps", 2, "--no-memory"]
+    code, printed = bkd("bench", "speed", "shapes", students["one-scale"], *fast, "-o", tmp_path / "out")
+    assert code == 0 and "2 steps, guidance 7.5; one-scale: 4 steps, guidance 2" in " ".join(printed.split())
+    rows = json.loads((tmp_path / "out" / "speed.json").read_text())["models"]
+    assert [(row["num_inference_steps"], row["guidance_scale"]) for row in rows] == [(2, 7.5), (4, 2.0)]
+
+
+def test_a_stochastic_decoder_adds_the_noise_of_its_seed(teacher_folder, students):
+    decoder = half(students["stochastic"])
+    noise, prompts = torch.randn(2, 4, 8, 8), [PROMPT, PROMPT]
+
+    def drawn(seed, place=slice(None)):
+        return Editor(half(teacher_folder), decoder, seed).decode(noise[place], prompts[place])
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+    assert (drawn(0)[:1].float() - drawn(0, slice(1)).float()).abs().max() <= 1  # each image has noise of its own
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "option", "message"),
+    [
+        ({"prediction_type": "sample"}, "--encoder", "says nothing of noise while there is none"),
+        ({"_class_name": "LCMScheduler"}, "--encoder", "is not drawn with as DDIM would"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "--decoder", "DDIMScheduler with thresholding"),
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "both", "of a schedule without signal"),
+    ],
+)
+def test_models_that_ddim_cannot_walk_do_not_edit(
+    bkd_refuses, teacher_folder, tmp_path_factory, scheduler, option, message
+):
+    folder = tmp_path_factory.mktemp("models")
+    model = copied(teacher_folder, folder, scheduler)
+    Image.fromarray(rendered([scene("test", 0)])[0].permute(1, 2, 0).numpy()).save(folder / "scene.png")
+    models = ["--encoder", model, "--decoder", model] if option == "both" else ["--encoder", "shapes", option, model]
+    bkd_refuses(["edit", folder / "scene.png", *models, "--from", "a", "--to", "b", "-o", "out.png"], message)
+
+
+def test_latents_that_are_not_finite_are_not_written(bkd_refuses, teacher_folder, tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("models")
+    Image.fromarray(rendered([scene("test", 0)])[0].permute(1, 2, 0).numpy()).save(folder / "scene.png")
+    monkeypatch.setattr("bkd.sampling.InversionScheduler._moved", lambda self, output, sample, *ends: sample / 0)
+    edit = ["edit", folder / "scene.png", "--encoder", "shapes", "--from", "a", "--to", "b", "-o", "out.png"]
+    bkd_refuses([*edit, "--num-inference-steps", 2], "the latents are not finite numbers any more")
+
+
+def test_an_encoder_is_no_decoder(bkd_refuses, students):
+    edit = ["edit", "scene.png", "--encoder", students["encoder"], "--from", "a", "--to", "b", "-o", "out.png"]
+    bkd_refuses(edit, "--decoder MODEL: one that draws")
+
+
+def test_the_newest_picture_of_a_stage_is_shown(tmp_path):
+    """Of a stage that is trained anew, the last picture of the earlier training is older."""
+    run = RunFolder(tmp_path)
+    run.samples.mkdir()
+    for age, name in enumerate(["00-step-000200.png", "00-step-000100.png", "00-final.png", "01-final.png"]):
+        (run.samples / name).write_bytes(name.encode())
+        os.utime(run.samples / name, (1000 - age, 1000 - age))
+    assert _picture(run, 0) == data_url(run.samples / "00-step-000200.png")
+    os.utime(run.samples / "00-final.png", (1000, 1000))
+    assert _picture(run, 0) == data_url(run.samples / "00-final.png")
+    assert _picture(run, 2) is None
