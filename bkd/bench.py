@@ -120,7 +120,7 @@ def bench_train(
     """
     parallel = start_parallel(recipe.train.parallel)
     pipe = load_pipeline(teacher)
-    method = build_method(recipe, planned, pipe, parallel.device)
+    method = build_method(planned, pipe, parallel.device)
     train = replace(
         planned.train, max_steps=2 * steps, log_every=steps, checkpoint_every=2 * steps, samples_every=0, warmup_steps=0
     )
@@ -138,7 +138,7 @@ def bench_train(
         train,
         checkpoints=Unsaved(),
         parallel=parallel,
-        seed=recipe.seed,
+        seed=planned.seed,
         events=Events(step=on_step),
     ).run(StopSignal())
     return TrainingSpeed(

@@ -196,7 +196,7 @@ def count_memory(recipe: Recipe, teacher: Path) -> dict[str, int]:
     planned, pipe = check_stages(recipe, teacher)[0], _empty_pipeline(teacher)
     train = planned.train
     parallel = Parallel("alone", start_parallel("auto").place, torch.device("cpu"))
-    student, holds_teacher = place_networks(recipe, planned, pipe, torch.device("meta"))
+    student, holds_teacher = place_networks(planned, pipe, torch.device("meta"))
     samples = SimulatedSamples(pipe, recipe.data.resolution or native_resolution(teacher))
     real = _drawn(assemble(planned, pipe, student), samples, train.batch)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -261,7 +261,7 @@ def _measure(recipe: Recipe) -> Mapping[str, Any]:
     teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
     planned, pipe = check_stages(recipe, teacher)[0], load_pipeline(teacher)
     train, parallel = planned.train, start_parallel(recipe.train.parallel)
-    student, holds_teacher = place_networks(recipe, planned, pipe, parallel.device)
+    student, holds_teacher = place_networks(planned, pipe, parallel.device)
     method = assemble(planned, pipe, student)
     samples = SimulatedSamples(pipe, recipe.data.resolution or native_resolution(teacher))
     drawn = map_tensors(_drawn(method, samples, train.batch), lambda tensor: tensor.to(parallel.device))

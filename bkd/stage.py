@@ -106,7 +106,7 @@ class StageRun:
         if job.parallel.is_main and (job.parallel.kind == "fsdp2" or self._stage.method.name == "finetune"):
             # In shards it could draw only with all processes together, and what is fine-tuned is no longer the same.
             self._pictures.draw_teacher()
-        method = build_method(job.recipe, self._planned, self._pipe, self._device)
+        method = build_method(self._planned, self._pipe, self._device)
         self._student, self._adapted = method.trainable, tuple(trained_tensors(method.trainable))
         started = time.monotonic()
         with Trackers(job.recipe.train.trackers, self._tracked()) as self._trackers:
@@ -116,7 +116,7 @@ class StageRun:
                 self._planned.train,
                 checkpoints=self._checkpoints(),
                 parallel=job.parallel,
-                seed=job.recipe.seed,
+                seed=self._planned.seed,
                 mirror=job.recipe.data.mirror,
                 events=Events(self._on_resume, self._on_step, lambda step: self._draw(fit, f"step-{step:08d}")),
             )
@@ -184,7 +184,7 @@ class StageRun:
 
     def _rebuilt(self, trained: Mapping[str, Tensor]) -> UNet2DConditionModel:
         """The student as it started, on the CPU, with what has trained since."""
-        student = start_student(load_unet(self._teacher), self._plan, self._stage, self._job.recipe.seed)
+        student = start_student(load_unet(self._teacher), self._plan, self._stage, self._planned.seed)
         with torch.no_grad():
             for name, tensor in trained.items():
                 student.get_parameter(name).copy_(tensor)

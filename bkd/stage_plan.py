@@ -20,6 +20,7 @@ from bkd.model_folder import model_digest, unet_config
 from bkd.models import load_noise_schedule
 from bkd.recipe.schema import Recipe, Train
 from bkd.recipe.stages import Guided, Halving, Stage, Student
+from bkd.rng import stage_seed
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plans
 from bkd.surgery.recognise import recognise
@@ -45,6 +46,7 @@ class PlannedStage:
 
     Attributes:
         number: Of the stage, from 0.
+        seed: Of its data order and every random draw.
         stage: As the recipe has it.
         train: How it is trained.
         teacher: What is known of its teacher.
@@ -53,6 +55,7 @@ class PlannedStage:
     """
 
     number: int
+    seed: int
     stage: Stage
     train: Train
     teacher: ModelFacts
@@ -84,9 +87,8 @@ def plan_stages(recipe: Recipe, teacher: ModelFacts, side: int) -> tuple[Planned
                 check_pairs(teacher.unet, plan, plan.feature_pairs[sites])
         except BkdError as error:
             raise _of_stage(error, number) from error
-        planned.append(
-            PlannedStage(number, stage, recipe.train_of(number), teacher, plan, student_kind(stage, teacher))
-        )
+        seed, kind = stage_seed(recipe.seed, number), student_kind(stage, teacher)
+        planned.append(PlannedStage(number, seed, stage, recipe.train_of(number), teacher, plan, kind))
         teacher = planned[-1].student
     return tuple(planned)
 

@@ -17,7 +17,6 @@ from bkd.methods.guided import GuidedDistillation
 from bkd.methods.halving import HalvingDistillation
 from bkd.methods.kd import KnowledgeDistillation
 from bkd.models import load_unet, place_encoders, training_dtype, use_channels_last
-from bkd.recipe.schema import Recipe
 from bkd.recipe.stages import WHOLE, Finetune, Guided, Halving, Kd, Stage
 from bkd.stage_plan import GUIDANCE_DIM, PlannedStage
 from bkd.surgery.build import build_student
@@ -25,27 +24,24 @@ from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.unet import plan_removal
 
 
-def build_method(recipe: Recipe, planned: PlannedStage, pipe: StableDiffusionPipeline, device: torch.device) -> Method:
+def build_method(planned: PlannedStage, pipe: StableDiffusionPipeline, device: torch.device) -> Method:
     """What a stage learns, with its networks on the device.
 
     Args:
-        recipe: As validated.
         planned: The stage.
         pipe: Its teacher, in float32 on the CPU. Its text encoders and, where it teaches or its weights are shared, its
             UNet take the dtype of the forward passes. What is fine-tuned without adapters is its UNet itself.
         device: To train on.
     """
-    student, _ = place_networks(recipe, planned, pipe, device)
+    student, _ = place_networks(planned, pipe, device)
     return assemble(planned, pipe, student)
 
 
-def place_networks(
-    recipe: Recipe, planned: PlannedStage, pipe: Any, device: torch.device
-) -> tuple[UNet2DConditionModel, bool]:
+def place_networks(planned: PlannedStage, pipe: Any, device: torch.device) -> tuple[UNet2DConditionModel, bool]:
     """The stage's student on the device, and whether the teacher's UNet is there, too; arguments of `build_method`."""
     train, stage = planned.train, planned.stage
     dtype, shards = training_dtype(train.mixed_precision), shards_networks(train.parallel)
-    student = start_student(pipe.unet, planned.plan, stage, recipe.seed, can_share=not shards)
+    student = start_student(pipe.unet, planned.plan, stage, planned.seed, can_share=not shards)
     place_encoders(pipe, dtype, device)
     needs_teacher = _shares_base(stage) or not isinstance(stage.method, Finetune)
     if needs_teacher:

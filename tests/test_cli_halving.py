@@ -14,6 +14,7 @@ from bkd.few_steps import FewSteps, few_steps
 from bkd.guidance import one_pass_guidance
 from bkd.locate import locate
 from bkd.models import load_pipeline
+from bkd.rng import StepRng, stage_seed
 from bkd.run_folder import RunFolder
 from bkd.sampling import StochasticScheduler
 from bkd.schedulers import CHOICES
@@ -156,6 +157,16 @@ def test_a_run_continues_inside_a_stage_and_between_stages(train, chain, monkeyp
     assert (cut / "metrics.jsonl").read_text().count("\n") == 9
     train("cut", CHAIN, "train.checkpoint_every=1")  # done already
     assert len(saves) == 2 + 3 + 2 + 2  # no step was repeated
+
+
+def test_every_stage_draws_anew(train, monkeypatch):
+    """Images in another order, and other noise; the first as a run of one stage does."""
+    seeds = []
+    drawn = StepRng.__init__
+    monkeypatch.setattr(StepRng, "__init__", lambda rng, seed, *args: (seeds.append(seed), drawn(rng, seed, *args))[1])
+    train("anew", halving_recipe(num_inference_steps="[8, 1]"), "seed=3")
+    assert list(dict.fromkeys(seeds)) == [3, stage_seed(3, 1), stage_seed(3, 2)]
+    assert len({3, stage_seed(3, 1), stage_seed(3, 2), stage_seed(4, 1)}) == 4
 
 
 def test_only_the_last_stage_may_grow(bkd, train, chain, monkeypatch):

@@ -83,13 +83,11 @@ def test_errors_weigh_the_same_in_all_predictions(zero_snr):
     steps = DoubleSteps.of(schedule(zero_snr=zero_snr), 8)
     alpha, sigma = steps.alphas[:, 0], steps.sigmas[:, 0]
     error = torch.full_like(alpha, 0.1)
-    of_type = {"v_prediction": error, "sample": sigma * error, "epsilon": error / alpha}  # of one and the same v
+    same_error = {"v_prediction": error, "sample": sigma * error, "epsilon": alpha * error}  # with z given
     expected = torch.maximum(alpha**2, sigma**2) * error**2
     for predicts in TYPES[1:] if zero_snr else TYPES:
         weight = crossing(steps, "v_prediction", predicts).weight
-        # An error of v is one of eps times alpha, of x times sigma: (1 / alpha), not alpha, turns it back.
-        found = weight * (of_type[predicts] * (alpha**2 if predicts == "epsilon" else 1)) ** 2
-        assert torch.allclose(found, expected)
+        assert torch.allclose(weight * same_error[predicts] ** 2, expected)
 
 
 def gaussian(known, index_of):

@@ -44,7 +44,7 @@ class Step:
         parsed = load_recipe(recipe, [*overrides, "data.shards=simulated", "train.max_steps=1000000"])
         teacher = locate(parsed.teacher.id)
         pipe, parallel = load_pipeline(teacher), start_parallel("auto")
-        method = build_method(parsed, check_stages(parsed, teacher)[0], pipe, parallel.device)
+        method = build_method(check_stages(parsed, teacher)[0], pipe, parallel.device)
         samples = SimulatedSamples(pipe, native_resolution(teacher))
         self._fit = Fit(method, samples, parsed.train, checkpoints=Unsaved(), parallel=parallel, seed=0)
         stack.enter_context(method.watching())

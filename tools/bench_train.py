@@ -113,7 +113,7 @@ class Ours:
         recipe, parallel = recipe_of(setting, loss, **keys), start_parallel("auto")
         teacher = replace(model_facts(locate("shapes")), unet=dict(pipe.unet.config))
         planned = plan_stages(recipe, teacher, side=pipe.unet.config.sample_size)[0]
-        method = build_method(recipe, planned, pipe, parallel.device)
+        method = build_method(planned, pipe, parallel.device)
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
         samples = SimulatedSamples(pipe, side, num_samples)
         self.fit = Fit(method, samples, recipe.train, checkpoints=Unsaved(), parallel=parallel, seed=0)

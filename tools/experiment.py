@@ -134,7 +134,7 @@ def perform(training: Training) -> float:
     pipe = load_pipeline(inputs.teacher)
     ensure_latents(inputs.caching, lambda: pipe)
     parallel, planned = start_parallel("auto"), inputs.stages[0]
-    method = build_method(recipe, planned, pipe, parallel.device)
+    method = build_method(planned, pipe, parallel.device)
     if training.random_init:
         torch.manual_seed(training.seed)
         method.trainable.load_state_dict(type(pipe.unet).from_config(method.trainable.config).state_dict())
