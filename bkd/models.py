@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -157,6 +158,13 @@ def load_noise_schedule(folder: Path) -> NoiseSchedule:
     prediction_type = scheduler.config.prediction_type
     one_of(prediction_type, get_args(PredictionType), kind="prediction_type", error=ModelError)
     return NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod, prediction_type)
+
+
+def release_memory(device: torch.device) -> None:
+    """Hand back what nothing refers to any more: Python finds cycles late, and CUDA's allocator keeps what it had."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def best_device() -> torch.device:

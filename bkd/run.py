@@ -23,7 +23,7 @@ from bkd.locate import is_folder, locate
 from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.model_facts import model_facts
 from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config, vae_factor
-from bkd.models import best_device, describe_device, load_noise_schedule, load_pipeline
+from bkd.models import best_device, describe_device, load_noise_schedule, load_pipeline, release_memory
 from bkd.progress import Progress, silent
 from bkd.recipe.load import packaged_recipes
 from bkd.recipe.schema import Recipe
@@ -244,7 +244,10 @@ def run_recipe(
             if not parallel.agree(is_trained(folder, planned.train.max_steps)):
                 StageRun(job, planned, teacher, pipe or load_pipeline(teacher)).train()
                 run.record(replaced_samples=dict(data.replaced))
+            if folder != run.student:
+                run.forget_checkpoints(planned.number)
             pipe, teacher = None, folder  # the stage's student teaches the next
+            release_memory(parallel.device)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 recipe.yaml          resolved; training it again reproduces the run
 run.json             versions, device, teacher digest, data fingerprint, stages
 metrics.jsonl        one line per logged step
-checkpoints/<stage>/<step>/
+checkpoints/<stage>/<step>/   of the stage that trains; of the last stage when all is done, so that it may grow
 stages/<nn-name>/student/     students of all stages but the last
 student/             the final one, a stock pipeline folder
 adapter.safetensors  what trained of it, where it trained through adapters
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from bkd.errors import ModelError, OutputError
 from bkd.files import write_atomically
 from bkd.recipe.load import dump_recipe, load_recipe, result_keys
 from bkd.recipe.schema import Recipe
+from bkd.recipe.stages import numbered
 from bkd.run_lock import LOCK_FILE, require_not_held
 from bkd.surgery.plan import PLAN_FILE
 
@@ -84,6 +86,11 @@ class RunFolder:
 
     def checkpoints(self, stage: int) -> Path:
         return self.path / "checkpoints" / f"{stage:02d}"
+
+    def forget_checkpoints(self, stage: int) -> None:
+        """Of a stage whose student is there and will not train again."""
+        if self.writes:
+            shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
     def recipe(self) -> Recipe:
         """What the run trains.
@@ -177,7 +184,7 @@ def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False, force: bool
     if not run.facts_file.is_file() or not run.recipe_file.is_file():
         names = ", ".join(sorted(p.name for p in held)[:4])
         raise OutputError("the run folder holds something else", where=path, got=names, remedy="choose another -o")
-    if not (path / "checkpoints").exists() and not run.student.exists():
+    if not any((path / name).exists() for name in ("checkpoints", "stages", "student")):
         _start(run, recipe)  # stopped before the first checkpoint: nothing to continue, nothing to lose
         return run, "new"
     _require_same_recipe(run, recipe, force=force)
@@ -249,7 +256,7 @@ def _require_same_recipe(run: RunFolder, recipe: Recipe, *, force: bool) -> None
     if grows and constant:  # more of the same; other schedules depend on the end
         for key in ("train.max_steps", f"stages.{len(earlier)}.train.max_steps"):
             before.pop(key, None), now.pop(key, None)
-    changed = _differences(before, now)
+    changed = _differences(before, now, single=len(recipe.stages) == 1)
     finished = is_trained(run.student, written.last_train.max_steps)
     why = "; only runs with a constant schedule may grow" if grows and not constant else ""
     if changed and finished:
@@ -274,10 +281,12 @@ def _steps(recipe: Recipe) -> list[int]:
     return [recipe.train_of(number).max_steps for number in range(len(recipe.stages))]
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    keys = sorted(before.keys() | now.keys())
-    return [
-        f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
-        for key in keys
-        if before.get(key) != now.get(key)
-    ]
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], *, single: bool) -> list[str]:
+    """A line for each, with the stages that it is true of where there are several."""
+    found: dict[str, list[int]] = {}
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            stage = None if single else re.fullmatch(r"stages\.(\d+)\.(.+)", key)
+            said = f"{stage[2] if stage else key} is {before.get(key)!r} there and {now.get(key)!r} here"
+            found.setdefault(said, []).extend([int(stage[1])] if stage else [])
+    return [f"{numbered(stages)}: {said}" if stages else said for said, stages in found.items()]

@@ -118,7 +118,7 @@ class StageRun:
                 parallel=job.parallel,
                 seed=self._planned.seed,
                 mirror=job.recipe.data.mirror,
-                events=Events(self._on_resume, self._on_step, lambda step: self._draw(fit, f"step-{step:08d}")),
+                events=Events(self._on_resume, self._on_step, self._draw),
             )
             try:
                 fit.run(job.stop)
@@ -190,11 +190,11 @@ class StageRun:
                 student.get_parameter(name).copy_(tensor)
         return student.eval()
 
-    def _draw(self, fit: Fit, name: str) -> None:
+    def _draw(self, fit: Fit, step: int) -> None:
         """Teacher | student for each validation prompt, from the same noise."""
         with self._averaged(fit) as student:
             if student is not None:
-                self._save_pictures(name, student)
+                self._save_pictures(f"step-{step:08d}", student)
 
     def _save_pictures(self, name: str, student: UNet2DConditionModel) -> None:
         self._pictures.save(self._job.run.samples / f"{self._number:02d}-{name}.png", student.to(self._device))

@@ -19,7 +19,7 @@ from bkd.model_facts import ModelFacts
 from bkd.model_folder import model_digest, unet_config
 from bkd.models import load_noise_schedule
 from bkd.recipe.schema import Recipe, Train
-from bkd.recipe.stages import Guided, Halving, Stage, Student
+from bkd.recipe.stages import Guided, Halving, Stage, Student, numbered
 from bkd.rng import stage_seed
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plans
@@ -65,7 +65,8 @@ class PlannedStage:
     @property
     def student(self) -> ModelFacts:
         """What is known of its student."""
-        return self.teacher.student(f"the student of stages.{self.number}", self.plan, self.kind)
+        name = f"the student of {numbered([self.number])} ({self.stage.title})"
+        return self.teacher.student(name, self.plan, self.kind)
 
 
 def plan_stages(recipe: Recipe, teacher: ModelFacts, side: int) -> tuple[PlannedStage, ...]:
@@ -77,7 +78,7 @@ def plan_stages(recipe: Recipe, teacher: ModelFacts, side: int) -> tuple[Planned
         side: Of the latents that are trained on.
 
     Raises:
-        BkdError: If a stage does not fit; names its number.
+        BkdError: If a stage does not fit; names it.
     """
     planned: list[PlannedStage] = []
     for number, stage in enumerate(recipe.stages):
@@ -86,19 +87,21 @@ def plan_stages(recipe: Recipe, teacher: ModelFacts, side: int) -> tuple[Planned
             if (sites := stage.method.compared) is not None:
                 check_pairs(teacher.unet, plan, plan.feature_pairs[sites])
         except BkdError as error:
-            raise _of_stage(error, number) from error
+            raise _of_stage(error, recipe, number) from error
         seed, kind = stage_seed(recipe.seed, number), student_kind(stage, teacher)
         planned.append(PlannedStage(number, seed, stage, recipe.train_of(number), teacher, plan, kind))
         teacher = planned[-1].student
     return tuple(planned)
 
 
-def _of_stage(error: BkdError, number: int) -> BkdError:
-    """The same error, with keys of this stage."""
-
+def _of_stage(error: BkdError, recipe: Recipe, number: int) -> BkdError:
+    """The same error, of this stage: where there are several, one that is written may stand for more than one."""
+    if len(recipe.stages) == 1:
+        return error
+    prefix = f"{numbered([number])} ({recipe.stages[number].title}): "
     fields = {name: getattr(error, name) for name in ("where", "got", "allowed", "remedy")}
-    renamed = {name: str(x).replace("stages.0.", f"stages.{number}.") for name, x in fields.items() if x is not None}
-    return type(error)(error.what, **renamed)
+    told = {name: str(value).replace("stages.0.", prefix) for name, value in fields.items() if value is not None}
+    return type(error)(error.what, **told)
 
 
 def plan_stage(teacher: ModelFacts, stage: Stage) -> RemovalPlan:

@@ -1,7 +1,9 @@
 """Recipes of several stages and students of few steps, as a user meets them."""
 
 import json
+import shutil
 import sys
+import weakref
 
 import pytest
 import torch
@@ -169,13 +171,34 @@ def test_every_stage_draws_anew(train, monkeypatch):
     assert len({3, stage_seed(3, 1), stage_seed(3, 2), stage_seed(4, 1)}) == 4
 
 
+def test_what_a_stage_held_is_gone_when_the_next_begins(train, monkeypatch):
+    held, run = [], Fit.run
+
+    def watched(fit, stop):
+        assert not any(reference() is not None for reference in held)
+        held.extend(map(weakref.ref, (fit, fit._method.trainable, fit._method.teacher, fit._optimizer)))
+        run(fit, stop)
+
+    monkeypatch.setattr(Fit, "run", watched)
+    train("released", halving_recipe(num_inference_steps="[4, 1]"))
+    assert len(held) == 8
+
+
+def test_a_finished_stage_keeps_its_student_and_no_checkpoints(bkd, train, chain, tmp_path):
+    assert [path.name for path in (chain / "checkpoints").iterdir()] == ["03"]  # the last stage may grow
+    copy = shutil.copytree(chain, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints"), shutil.rmtree(copy / "student")
+    code, printed = bkd("train", RunFolder(copy).recipe_file, "seed=7", "-o", copy)
+    assert code == 1 and "seed is 0 there and 7 here" in printed  # and not a new run of students of other seeds
+
+
 def test_only_the_last_stage_may_grow(bkd, train, chain, monkeypatch):
     def asked(*overrides, run=chain):
         return bkd("train", RunFolder(run).recipe_file, *overrides, "-o", run)
 
     assert asked()[1].startswith("already done")
     code, printed = asked("stages.0.train.max_steps=4")
-    assert code == 1 and "stages.0.train.max_steps is None there and 4 here" in printed
+    assert code == 1 and "stage 1: train.max_steps is None there and 4 here" in printed
     monkeypatch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
     grown = train("grown", halving_recipe(num_inference_steps="[4, 1]"))
     bkd("train", "--help")  # what it printed before is out of the way
@@ -255,7 +278,7 @@ def test_a_note_is_printed_once_for_all_stages_that_it_is_true_of(bkd, shards):
     assert code == 0
     notes = " ".join(printed[printed.index("note: ") :].split())
     assert notes.count("averages over 10,000 steps of only 250") == notes.count("of only 800") == 1
-    assert "note: stages.1, stages.2, stages.3, stages.4: train.ema=0.9999 averages" in notes
+    assert "note: stages 2, 3, 4, 5: train.ema=0.9999 averages" in notes
 
 
 def test_a_wish_that_cannot_be_halved_is_refused(bkd_refuses, chain, stochastic, tmp_path_factory):
@@ -276,6 +299,8 @@ def test_a_wish_that_cannot_be_halved_is_refused(bkd_refuses, chain, stochastic,
     refuses("should have 2 items: [N, M], from N steps to M (got [8, 4, 2])", num_inference_steps="[8, 4, 2]")
     refuses("4 steps cannot be halved until 4 are left", num_inference_steps="[4, 4]")
     refuses("7 steps cannot be halved until 1 are left (allowed: an even number", num_inference_steps="[7, 1]")
+    refuses("16 steps cannot be halved until 0 are left", num_inference_steps="[16, 0]")
+    refuses("should lie between 1 and 1000 (got 0)", num_inference_steps="[0, 0]", sampler="stochastic")
     refuses("should be a whole number (got 2.5)", num_inference_steps="[5, 2.5]")
     refuses("two steps ahead, and 1 is odd", num_inference_steps="[2, 1]", sampler="stochastic")
     refuses("an inversion is deterministic", num_inference_steps="[8, 4]", sampler="stochastic", direction="inversion")
@@ -315,8 +340,6 @@ def test_other_schedulers_of_the_same_noise_levels_are_converted(train, tmp_path
 
 def copied(folder, target, scheduler):
     """A model with another scheduler's configuration."""
-    import shutil
-
     made = shutil.copytree(folder, target / "model")
     path = made / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **scheduler}))

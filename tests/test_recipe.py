@@ -58,7 +58,7 @@ stages:
     assert str(caught.value).splitlines() == [
         f"recipe {path}: 8 problems",
         "  nonsense: an override is key=value, such as train.lr=1e-4",
-        "  stages.4.student.blocks: there is no '4' to set a value in; there are 0 to 0",
+        "  stages.4.student.blocks: there is no '4' to set a value in; there are 0 to 0 in the recipe",
         "  train.batch: should be a whole number (got 3.5)",
         "  train.max_steps: should be a whole number (got 'ten')",
         "  stages.0.method.loss.feat: unknown key; did you mean 'stages.0.method.loss.feature_kd'? (got 1)",

@@ -94,10 +94,10 @@ def test_validation_pictures_show_the_average(teacher, teacher_folder, data, tmp
     method = kd(teacher, teacher_folder)
     seen = []
 
-    def look(step):
+    def look(fit, step):
         weight = method.trainable.conv_in.weight
         raw = weight.detach().clone()
-        with running.averaged():
+        with fit.averaged():
             seen.append(not torch.equal(weight, raw))
         assert torch.equal(weight, raw)
 

@@ -148,7 +148,7 @@ def perform(training: Training) -> float:
         for scale in training.scales(step):
             save_drawn(training.drawn(step, scale), pipe, unet, scale, training.splits, planned.kind, losses)
 
-    def on_samples(step: int) -> None:
+    def on_samples(fit: Fit, step: int) -> None:
         if step in training.points:
             with fit.averaged() as unet:
                 save(step, unet)

@@ -23,12 +23,14 @@ def show_plan(name: str, recipe: Recipe, inputs: Inputs) -> None:
         recipe: As validated.
         inputs: As checked.
     """
+    from bkd.recipe.stages import numbered
+
     console.print(f"data: {_counted_samples(inputs.caching.num_samples)}")
     counted = [estimated(planned) for planned in inputs.stages]
     largest = max(range(len(counted)), key=lambda number: counted[number].total)
     if len(counted) > 1:
         _show_stages(inputs.stages, counted)
-        console.print(f"stages.{largest} takes the most:")
+        console.print(f"{numbered([largest])} takes the most:")
     _show_memory(inputs.stages[largest], counted[largest])
     if len(counted) == 1:
         _show_work(recipe.last_train, inputs.caching.num_samples)
@@ -40,7 +42,7 @@ def _show_stages(stages: Sequence[PlannedStage], counted: Sequence[TrainingMemor
     """A line for each of several."""
     rows = [
         (
-            f"stages.{planned.number}",
+            str(planned.number + 1),
             planned.stage.title,
             f"{memory.parameters:,}",
             f"{memory.trained:,}",
@@ -51,7 +53,7 @@ def _show_stages(stages: Sequence[PlannedStage], counted: Sequence[TrainingMemor
         )
         for planned, memory in zip(stages, counted, strict=True)
     ]
-    header = ("", "", "parameters", "trained", "GiB", "steps", "batch in passes", "images")
+    header = ("stage", "", "parameters", "trained", "GiB", "steps", "batch in passes", "images")
     console.print(table("", header, rows, left=(1,)))
 
 
@@ -65,14 +67,13 @@ def _show_memory(planned: PlannedStage, memory: TrainingMemory) -> None:
 
 
 def _show_disk(recipe: Recipe, counted: Sequence[TrainingMemory]) -> None:
-    *_, last = counted
-    kept, students = recipe.train.keep_checkpoints, sum(memory.student_file for memory in counted)
-    if len(counted) == 1:  # one more while the next is written
-        size = f"{kept + 1} checkpoints of {gib(last.checkpoint)} GiB, student {gib(last.student_file)} GiB"
-    else:
-        checkpoints = kept * sum(memory.checkpoint for memory in counted) + last.checkpoint
-        size = f"checkpoints {gib(checkpoints)} GiB, {len(counted)} students {gib(students)} GiB"
-    console.print(f"disk: {size} + the teacher's other parts{' for each' if len(counted) > 1 else ''}")
+    kept = recipe.train.keep_checkpoints + 1  # one more while the next is written; of one stage at a time
+    largest, students = max(memory.checkpoint for memory in counted), sum(memory.student_file for memory in counted)
+    many = len(counted) > 1
+    console.print(
+        f"disk: {kept} checkpoints of {gib(largest)} GiB, {f'{len(counted)} students' if many else 'student'} "
+        f"{gib(students)} GiB + the teacher's other parts{' for each' if many else ''}"
+    )
 
 
 def _counted_samples(num_samples: int | None) -> str:
@@ -98,15 +99,16 @@ def show_advice(name: str, stages: Sequence[PlannedStage], counted: Sequence[Tra
     """
     from bkd.models import best_device
     from bkd.recipe.load import written_train
+    from bkd.recipe.stages import numbered
     from bkd.training.estimate import advice
 
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[int]] = {}
     for planned, memory in zip(stages, counted, strict=True):
         written = replace(written_train(name), **planned.stage.train.given())
         for line in advice(planned.train, written, memory, best_device()):
-            found.setdefault(line, []).append(f"stages.{planned.number}")
-    for line, keys in found.items():
-        console.print(f"note: {', '.join(keys)}: {line}" if len(stages) > 1 else f"note: {line}")
+            found.setdefault(line, []).append(planned.number)
+    for line, numbers in found.items():
+        console.print(f"note: {numbered(numbers)}: {line}" if len(stages) > 1 else f"note: {line}")
 
 
 def estimated(planned: PlannedStage) -> TrainingMemory:

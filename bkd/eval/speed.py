@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from bkd.eval.peak_memory import measure_peak
 from bkd.few_steps import steps_of
 from bkd.guidance import nearest_scale, passes_a_step, pipeline_scale
 from bkd.model_folder import parts_of, prompt_length, unet_config, weight_files
-from bkd.models import describe_device, dtype_named
+from bkd.models import describe_device, dtype_named, release_memory
 from bkd.progress import Phase, Progress
 from bkd.surgery.probe import as_arguments, unet_inputs
 
@@ -123,9 +122,7 @@ def bench_speed(
     ]
     for name in wish.dtypes:
         _time_dtype(rows, models, wish, name, device, phase, progress)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(device)
     if memory:
         _add_memory(rows, models, wish, device, phase, progress)
     return {

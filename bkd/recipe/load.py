@@ -207,7 +207,7 @@ def _apply(raw: dict[str, Any], override: str, problems: list[str]) -> None:
         elif isinstance(node, list) and name.isdigit() and int(name) < len(node):
             node = node[int(name)]
         else:
-            there = f"; there are 0 to {len(node) - 1}" if isinstance(node, list) and node else ""
+            there = f"; there are 0 to {len(node) - 1} in the recipe" if isinstance(node, list) and node else ""
             problems.append(f"{key}: there is no '{name}' to set a value in{there}")
             return
     value = _value(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -208,6 +209,8 @@ class Halving:
     def halves(self) -> bool:
         """Whether the number of steps can be reached: M is N / 2, N / 4 and so on, or N for a sampler that changes."""
         teacher, student = self.num_inference_steps
+        if teacher < 1 or student < 1:
+            return False
         ratio, rest = divmod(teacher, student)
         least = 1 if self.sampler == "stochastic" else 2
         return not rest and ratio >= least and ratio & (ratio - 1) == 0
@@ -291,7 +294,7 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """For people; see `numbered`, too."""
         if isinstance(self.method, Halving):
             return f"halving {self.method.num_inference_steps[0]} to {self.method.few_steps}"
         return f"{self.student.described} by {self.method.name}"
@@ -311,3 +314,12 @@ class Stage:
             return (self,)
         first, *others = (replace(self, method=method) for method in self.method.expanded())
         return first, *(replace(stage, student=Student()) for stage in others)
+
+
+def numbered(numbers: Iterable[int]) -> str:
+    """Stages that are trained, for people, who count from 1.
+
+    `stages.0` and so on are keys, of stages as they are written, which may stand for several.
+    """
+    found = [str(number + 1) for number in numbers]
+    return f"stage{'s' * (len(found) > 1)} {', '.join(found)}"

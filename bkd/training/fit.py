@@ -39,12 +39,12 @@ class Events:
     Attributes:
         resumed: Once, with the number of steps already done, before the first new one.
         step: After each step, in order, some steps late.
-        samples: Every `samples_every` steps, with the number of steps done.
+        samples: Every `samples_every` steps, with the loop and the number of steps done.
     """
 
     resumed: Callable[[int], None] = lambda step: None
     step: Callable[[StepReport], None] = lambda report: None
-    samples: Callable[[int], None] = lambda step: None
+    samples: Callable[[Fit, int], None] = lambda fit, step: None
 
 
 class Fit:
@@ -183,7 +183,7 @@ class Fit:
     def _pause(self, done: int, stop: StopSignal) -> None:
         train, stopping = self._train, self._read(done, stop=stop.requested)
         if train.samples_every and done % train.samples_every == 0:
-            self._events.samples(done)
+            self._events.samples(self, done)
         # Among skipped steps the weights may be what is wrong: the checkpoints from before them are kept.
         due = done % train.checkpoint_every == 0 and not self._skipped_in_a_row
         if due or done == train.max_steps or stopping:
