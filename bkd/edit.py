@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -20,8 +20,10 @@ from bkd.data.images import images_at_once, open_image, to_model_range, to_pixel
 from bkd.edit_plan import Edit, Half
 from bkd.errors import DataError, ModelError
 from bkd.eval.generate import image_generator
-from bkd.few_steps import FewSteps
+from bkd.eval.pictures import with_unet
 from bkd.files import replace_file
+from bkd.grid import require_grid
+from bkd.locate import locate
 from bkd.model_folder import native_resolution
 from bkd.models import best_device, load_noise_schedule, load_pipeline
 from bkd.progress import Phase
@@ -46,6 +48,8 @@ def edit_image(edit: Edit, *, overwrite: bool = False, phase: Phase) -> None:
     """
     edit.require_possible(overwrite=overwrite)
     pixels = _read(edit.image, edit.side)
+    for half in (edit.encoder, edit.decoder):
+        locate(half.model)  # with its weights: so far only configurations were looked at
     editor = Editor(edit.encoder, edit.decoder, edit.seed)
     phase(f"encoding with {edit.encoder}")
     noise = editor.encode(pixels, edit.prompts[:1])
@@ -93,14 +97,15 @@ class Editor:
         decoder.require_draws()
         _require_same_levels(encoder, decoder)
         _require_signal(decoder)
+        for half in (encoder, decoder):
+            timesteps = load_noise_schedule(half.folder).num_train_timesteps
+            require_grid(timesteps, half.steps.num_inference_steps, half.model)
         self._scales = encoder.pipeline_scale, decoder.pipeline_scale
-        self._encoder, self._decoder = (load_pipeline(half.folder, device=best_device()) for half in (encoder, decoder))
-        self._steps = tuple(
-            half.steps.num_inference_steps if half.steps else half.num_inference_steps for half in (encoder, decoder)
-        )
+        self._steps = encoder.steps.num_inference_steps, decoder.steps.num_inference_steps
+        self._encoder, self._decoder = _loaded(encoder, decoder)
         self._encoder.scheduler = InversionScheduler.from_config(self._encoder.scheduler.config)
-        if decoder.steps is None:
-            self._decoder.scheduler = _deterministic(self._decoder.scheduler, decoder.num_inference_steps)
+        if decoder.halved is None:  # DDIM on the grid of so many steps: what the encoder's are the reverse of
+            self._decoder.scheduler = stock_scheduler(self._decoder.scheduler.config, decoder.steps)
         self._names, self._side, self._seed = (encoder.model, decoder.model), native_resolution(encoder.folder), seed
 
     @torch.no_grad()
@@ -188,6 +193,13 @@ class Editor:
         )
 
 
+def _loaded(encoder: Half, decoder: Half) -> tuple[StableDiffusionPipeline, StableDiffusionPipeline]:
+    """Two pipelines; of one model where both are the same."""
+    first = load_pipeline(encoder.folder, device=best_device())
+    same = encoder.folder == decoder.folder
+    return first, with_unet(first, first.unet) if same else load_pipeline(decoder.folder, device=best_device())
+
+
 def _require_same_levels(encoder: Half, decoder: Half) -> None:
     ours, theirs = (load_noise_schedule(half.folder).alphas for half in (encoder, decoder))
     sides = [native_resolution(half.folder) for half in (encoder, decoder)]
@@ -211,8 +223,3 @@ def _require_signal(decoder: Half) -> None:
             got="epsilon, of a schedule without signal at its end",
             allowed="v_prediction or sample with zero terminal SNR",
         )
-
-
-def _deterministic(scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
-    """DDIM on the grid of so many steps: what the encoder's steps are the reverse of."""
-    return stock_scheduler(scheduler.config, FewSteps(steps))

@@ -5,18 +5,17 @@ Light, so as to refuse before anything heavy loads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bkd.errors import DataError, ModelError
 from bkd.eval.drawing import drawing_settings
-from bkd.few_steps import FewSteps, few_steps, require_ode
+from bkd.few_steps import FewSteps, few_steps
 from bkd.guidance import nearest_scale, pipeline_scale
 from bkd.locate import locate
-from bkd.model_folder import native_resolution, read_json
+from bkd.model_folder import native_resolution, scheduler_config
 from bkd.output_folder import require_new_file
+from bkd.scheduler_kinds import require_ode
 
 
 @dataclass(frozen=True)
@@ -40,34 +39,34 @@ class Half:
         """From a MODEL argument; without guidance, or with as little as the model knows, where none is given.
 
         Raises:
-            ModelError: If there is no such model, or it cannot encode so.
+            ModelError: If there is no such model.
         """
-        folder = locate(model)
-        half = cls(model, folder, guidance_scale or nearest_scale(folder, 1.0), num_inference_steps)
-        half.require_encodes()
-        return half
+        folder = locate(model, weights=False)
+        return cls(model, folder, guidance_scale or nearest_scale(folder, 1.0), num_inference_steps)
 
     @classmethod
     def decoder(cls, model: str, guidance_scale: float | None, num_inference_steps: int) -> Half:
         """From a MODEL argument; with the guidance that the model is usually drawn with where none is given.
 
         Raises:
-            ModelError: If there is no such model, or it cannot draw so.
+            ModelError: If there is no such model.
         """
-        folder = locate(model)
+        folder = locate(model, weights=False)
         usual = drawing_settings(model, None, None)[1]
-        half = cls(model, folder, guidance_scale or nearest_scale(folder, usual), num_inference_steps)
-        half.require_draws()
-        return half
+        return cls(model, folder, guidance_scale or nearest_scale(folder, usual), num_inference_steps)
 
     def __str__(self) -> str:
-        steps = self.steps or FewSteps(self.num_inference_steps)
-        return f"{self.model}: {steps}, guidance {self.guidance_scale:g}"
+        return f"{self.model}: {self.steps}, guidance {self.guidance_scale:g}"
 
     @property
-    def steps(self) -> FewSteps | None:
+    def halved(self) -> FewSteps | None:
         """What it was halved to."""
         return few_steps(self.folder)
+
+    @property
+    def steps(self) -> FewSteps:
+        """What it takes: its own, or as many as was asked for."""
+        return self.halved or FewSteps(self.num_inference_steps)
 
     @property
     def pipeline_scale(self) -> float:
@@ -84,14 +83,14 @@ class Half:
         A student that draws in few steps would be told noise levels that it never saw, and of a clean image, which
         encoding begins with, a model of prediction type `sample` says nothing.
         """
-        if self.steps is not None and self.steps.direction == "generation":
+        if self.halved is not None and self.halved.direction == "generation":
             raise ModelError(
                 "this student draws in few steps, and was not trained to encode",
                 where=self.model,
-                got=self.steps,
+                got=self.halved,
                 remedy="an encoder (method.direction=inversion), or the model that it was halved from",
             )
-        if (scheduler := self._scheduler()).get("prediction_type") == "sample":
+        if (scheduler := scheduler_config(self.folder)).get("prediction_type") == "sample":
             raise ModelError(
                 "this model predicts the clean image, which says nothing of noise while there is none",
                 where=self.model,
@@ -103,18 +102,10 @@ class Half:
 
     def require_draws(self) -> None:
         """Refuse a student that encodes, and models that DDIM does not draw with."""
-        if self.steps is not None and self.steps.direction == "inversion":
-            raise ModelError(
-                "this student encodes images, and does not draw",
-                where=self.model,
-                got=self.steps,
-                remedy="--decoder MODEL: one that draws, such as its teacher or a student of few steps",
-            )
-        require_ode(self._scheduler(), self.model)
+        if self.halved is not None:
+            self.halved.require(None, self.model)
+        require_ode(scheduler_config(self.folder), self.model)
         _ = self.pipeline_scale
-
-    def _scheduler(self) -> Mapping[str, Any]:
-        return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
 
 @dataclass(frozen=True)
@@ -143,7 +134,7 @@ class Edit:
         return native_resolution(self.encoder.folder)
 
     def require_possible(self, *, overwrite: bool) -> None:
-        """Refuse an edit without prompts, image or place for what comes of it.
+        """Refuse an edit that `require_editable` refuses, or by models that cannot do their part.
 
         Args:
             overwrite: Whether an earlier output may be replaced.
@@ -151,8 +142,25 @@ class Edit:
         Raises:
             BkdError: Naming what is wrong.
         """
-        require_new_file(self.output, ".png", overwrite=overwrite)
-        if not all(prompt.strip() for prompt in self.prompts):
-            raise DataError("an edit needs two prompts", got=self.prompts, remedy="--from TEXT --to TEXT")
-        if not self.image.is_file():
-            raise DataError("no such image", where=self.image, allowed="a JPEG, PNG or WebP file")
+        require_editable(self.image, self.prompts, self.output, overwrite=overwrite)
+        self.encoder.require_encodes()
+        self.decoder.require_draws()
+
+
+def require_editable(image: Path, prompts: tuple[str, str], output: Path, *, overwrite: bool) -> None:
+    """Refuse an edit without prompts, image or place for what comes of it.
+
+    Args:
+        image: As in `Edit`, and so are the others.
+        prompts: See there.
+        output: See there.
+        overwrite: Whether an earlier output may be replaced.
+
+    Raises:
+        BkdError: Naming what is wrong.
+    """
+    require_new_file(output, ".png", overwrite=overwrite)
+    if not all(prompt.strip() for prompt in prompts):
+        raise DataError("an edit needs two prompts", got=prompts, remedy="--from TEXT --to TEXT")
+    if not image.is_file():
+        raise DataError("no such image", where=image, allowed="a JPEG, PNG or WebP file")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,27 +11,6 @@ from pydantic import ConfigDict, PositiveInt
 from bkd.errors import ModelError
 from bkd.surgery.plan import plan_entry
 from bkd.terms import Direction, Sampler
-
-ODE_SCHEDULERS = (
-    "DDIMInverseScheduler",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Those whose models follow the differential equation that DDIM solves: only noise levels matter, and they have them.
-Others, such as those of consistency models, say that the model's steps mean something else."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +55,11 @@ class FewSteps:
         """
         if self.direction == "inversion":
             raise ModelError(
-                "this student encodes images, and does not draw", where=model, remedy="bkd edit IMAGE --encoder"
+                "this student encodes images, and does not draw",
+                where=model,
+                got=self,
+                remedy="one that draws, such as its teacher (of an edit: --decoder MODEL); this one is for bkd edit"
+                " --encoder",
             )
         if asked not in (None, self.num_inference_steps):
             raise ModelError(
@@ -115,24 +97,3 @@ def steps_of(folder: Path, asked: int, model: object) -> int:
         return asked
     known.require(None, model)
     return known.num_inference_steps
-
-
-def require_ode(scheduler: Mapping[str, Any], model: object) -> None:
-    """Refuse a model whose steps are no DDIM steps.
-
-    Args:
-        scheduler: Its configuration.
-        model: Its name, for errors.
-
-    Raises:
-        ModelError: If it is drawn with in another way.
-    """
-    name = str(scheduler.get("_class_name"))
-    if name not in ODE_SCHEDULERS or scheduler.get("thresholding"):
-        raise ModelError(
-            "this model is not drawn with as DDIM would",
-            where=model,
-            got=f"{name} with thresholding" if name in ODE_SCHEDULERS else name,
-            allowed=", ".join(ODE_SCHEDULERS) + ": all of them describe the noise levels that DDIM walks",
-            remedy="name one of those in the model's scheduler_config.json, if its noise levels are the same",
-        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bkd.diffusion import NoiseSchedule
+from bkd.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,21 @@ def trailing_timesteps(num_train_timesteps: int, num_inference_steps: int) -> Te
 def is_grid(num_train_timesteps: int, num_inference_steps: int) -> bool:
     """Whether that spacing gives as many points as there are steps; for 61 of 1,000, say, rounding adds one."""
     return len(trailing_timesteps(num_train_timesteps, num_inference_steps)) == num_inference_steps
+
+
+def require_grid(num_train_timesteps: int, num_inference_steps: int, where: object) -> None:
+    """Refuse a number of steps for which `is_grid` does not hold.
+
+    Raises:
+        ModelError: Naming `where`.
+    """
+    if not 0 < num_inference_steps <= num_train_timesteps or not is_grid(num_train_timesteps, num_inference_steps):
+        raise ModelError(
+            "this number of steps has no grid of its own",
+            where=where,
+            got=f"{num_inference_steps} of {num_train_timesteps:,} timesteps",
+            allowed=f"1 to {num_train_timesteps}; divisors and powers of two always have one",
+        )
 
 
 def nests(num_train_timesteps: int, num_inference_steps: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from bkd.diffusion import NoiseSchedule
 from bkd.few_steps import FewSteps, few_steps
 from bkd.guidance import OnePassGuidance, StudentKind, one_pass_guidance
-from bkd.model_folder import read_json, unet_config
+from bkd.model_folder import scheduler_config, unet_config
 from bkd.models import load_noise_schedule
 from bkd.schedulers import student_scheduler
 from bkd.surgery.plan import RemovalPlan
@@ -70,7 +70,7 @@ def model_facts(folder: Path, name: str | None = None) -> ModelFacts:
         name or str(folder),
         unet_config(folder),
         load_noise_schedule(folder),
-        read_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler_config(folder),
         one_pass_guidance(folder),
         few_steps(folder),
         folder,

@@ -198,6 +198,11 @@ def unet_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "unet" / "config.json")
 
 
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """The scheduler's configuration as it lies on disk."""
+    return read_json(folder / "scheduler" / "scheduler_config.json")
+
+
 def native_resolution(folder: Path) -> int:
     """Image side, in pixels, that the model was trained for."""
     return int(unet_config(folder)["sample_size"]) * vae_factor(folder)

@@ -15,7 +15,8 @@ from torch import nn
 from bkd.diffusion import NoiseSchedule
 from bkd.errors import ModelError, one_of
 from bkd.few_steps import few_steps
-from bkd.model_folder import is_inpainting, is_sdxl, parts_of, read_json, unet_config
+from bkd.model_folder import is_inpainting, is_sdxl, parts_of, scheduler_config, unet_config
+from bkd.scheduler_kinds import require_ddpm_levels
 from bkd.schedulers import drawing_scheduler
 from bkd.terms import PredictionType
 from bkd.unet_weights import check_unet_weights
@@ -145,15 +146,7 @@ def load_noise_schedule(folder: Path) -> NoiseSchedule:
     Raises:
         ModelError: If it is of another kind than DDPM's, such as EDM's or flow matching.
     """
-    written = read_json(folder / "scheduler" / "scheduler_config.json")
-    name = str(written.get("_class_name"))
-    if "EDM" in name or "Flow" in name or written.get("use_flow_sigmas"):
-        raise ModelError(
-            "this model was not trained on a noise schedule of DDPM's kind",
-            where=folder / "scheduler" / "scheduler_config.json",
-            got=name,
-            allowed="schedulers with betas, such as DDIM, PNDM, Euler and DPM-Solver",
-        )
+    require_ddpm_levels(scheduler_config(folder), folder / "scheduler" / "scheduler_config.json")
     scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     prediction_type = scheduler.config.prediction_type
     one_of(prediction_type, get_args(PredictionType), kind="prediction_type", error=ModelError)

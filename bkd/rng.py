@@ -48,11 +48,6 @@ def pass_seed(seed: int, step: int, part: int) -> int:
     return _seed_of(seed, step, part, "pass")
 
 
-def stage_seed(seed: int, number: int) -> int:
-    """Of a stage: the run's for the first. Later ones draw other noise for other images, in another order."""
-    return _seed_of(seed, "stage", number) if number else seed
-
-
 def _seed_of(*parts: object) -> int:
     name = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1

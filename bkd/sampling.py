@@ -12,13 +12,13 @@ from typing import cast, get_args
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from bkd.diffusion import NoiseSchedule, conversion_at
 from bkd.errors import ModelError, one_of
-from bkd.grid import Grid, is_grid, rotation
+from bkd.grid import Grid, require_grid, rotation
 from bkd.terms import PredictionType
 
 
@@ -35,6 +35,7 @@ class GridScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         prediction_type: `epsilon`, `v_prediction` or `sample`.
     """
 
+    _compatibles = [kind.name for kind in KarrasDiffusionSchedulers]  # noqa: RUF012 - diffusers declares it so
     order = 1
     init_noise_sigma = 1.0
 
@@ -68,14 +69,7 @@ class GridScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ModelError: If trailing spacing has no such number of points.
         """
-        timesteps = self._schedule.num_train_timesteps
-        if not 0 < num_inference_steps <= timesteps or not is_grid(timesteps, num_inference_steps):
-            raise ModelError(
-                "this number of steps has no grid of its own",
-                where="num_inference_steps",
-                got=num_inference_steps,
-                allowed=f"1 to {timesteps}; divisors and powers of two always have one",
-            )
+        require_grid(self._schedule.num_train_timesteps, num_inference_steps, "num_inference_steps")
         self.num_inference_steps = num_inference_steps
         self._grid = Grid.of(self._schedule, num_inference_steps)
         self.timesteps = self._order(self._grid.timesteps).to(device or "cpu")

@@ -22,6 +22,7 @@ LAYERS = [
         "models",
         "sampling",
         "schedulers",
+        "scheduler_kinds",
         "model_facts",
         "locate",
         "single_file",
@@ -31,7 +32,7 @@ LAYERS = [
     {"methods", "proof", "calibration", "caching"},
     {"run_folder", "run_lock", "output_folder", "student_folder", "inspection", "prune", "importance", "lora"},
     {"training", "eval", "pregenerate", "edit_plan", "edit"},
-    {"stage_plan", "stage_setup", "stage", "run", "bench", "bench_memory", "export"},
+    {"stage_checks", "stage_plan", "stage_setup", "stage", "run", "bench", "bench_memory", "export"},
     {"report"},
     {"cli", "__main__"},
 ]

@@ -16,7 +16,6 @@ from bkd.few_steps import FewSteps, few_steps
 from bkd.guidance import one_pass_guidance
 from bkd.locate import locate
 from bkd.models import load_pipeline
-from bkd.rng import StepRng, stage_seed
 from bkd.run_folder import RunFolder
 from bkd.sampling import StochasticScheduler
 from bkd.schedulers import CHOICES
@@ -161,16 +160,6 @@ def test_a_run_continues_inside_a_stage_and_between_stages(train, chain, monkeyp
     assert len(saves) == 2 + 3 + 2 + 2  # no step was repeated
 
 
-def test_every_stage_draws_anew(train, monkeypatch):
-    """Images in another order, and other noise; the first as a run of one stage does."""
-    seeds = []
-    drawn = StepRng.__init__
-    monkeypatch.setattr(StepRng, "__init__", lambda rng, seed, *args: (seeds.append(seed), drawn(rng, seed, *args))[1])
-    train("anew", halving_recipe(num_inference_steps="[8, 1]"), "seed=3")
-    assert list(dict.fromkeys(seeds)) == [3, stage_seed(3, 1), stage_seed(3, 2)]
-    assert len({3, stage_seed(3, 1), stage_seed(3, 2), stage_seed(4, 1)}) == 4
-
-
 def test_what_a_stage_held_is_gone_when_the_next_begins(train, monkeypatch):
     held, run = [], Fit.run
 
@@ -310,12 +299,30 @@ def test_a_wish_that_cannot_be_halved_is_refused(bkd_refuses, chain, stochastic,
     refuses("got: 4 steps; to be halved: 8 steps", teacher=student, num_inference_steps="[8, 4]")
     refuses("method.num_inference_steps=[4, M]", teacher=student, num_inference_steps="[8, 4]")
     refuses("halve the model that it was made of", teacher=stochastic / "student", num_inference_steps="[4, 2]")
+    inverted = {"num_inference_steps": "[8, 4]", "direction": "inversion", "prediction_type": "sample"}
+    refuses("stages.0.method.prediction_type: of an image without noise, which an inversion begins with", **inverted)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("[8, 4]", "[8, 4]", "the student of stage 1 (halving 8 to 4 steps): this teacher takes other steps"),
+        ("[4, 1]", "[2, 1]", "got: 1 step; to be halved: 2 steps\n  try: leave the stage out: an odd number of steps"),
+        ("[192, 48]", "[48, 24]", "stage 1 (halving 192 to 96 steps): method.num_inference_steps: the steps of this"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_names_it_as_people_count(bkd_refuses, first, second, message):
+    stages = ", ".join(f"{{method: {{name: halving, num_inference_steps: {steps}}}}}" for steps in (first, second))
+    bkd_refuses(["train", "shapes/halving", f"stages=[{stages}]", "-o", "run"], message)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "without signal at its end"),
+        (
+            {"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
+            "without signal at its end\n  allowed: v_prediction or sample, of teacher and student",
+        ),
         ({"_class_name": "LCMScheduler"}, "is not drawn with as DDIM would"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "DDIMScheduler with thresholding"),
         ({"_class_name": "EDMEulerScheduler"}, "not trained on a noise schedule of DDPM's kind"),

@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 
+import diffusers
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
+import bkd.edit
 from bkd.data.shapes import scene
 from bkd.data.shapes_checker import rendered
 from bkd.edit import Editor
@@ -16,6 +19,7 @@ from bkd.few_steps import FewSteps, few_steps
 from bkd.guidance import OnePassGuidance, StudentKind, one_pass_guidance
 from bkd.report.stages import _picture, data_url
 from bkd.run_folder import RunFolder
+from bkd.sampling import InversionScheduler, StochasticScheduler
 from bkd.surgery.plan import PLAN_FILE
 from tests.test_cli_halving import copied
 from tests.test_edit import claimed, half
@@ -45,6 +49,13 @@ def students(teacher_folder, tmp_path_factory):
         claimed(teacher_folder, root / "one-scale", FewSteps(4)), guidance=OnePassGuidance(2.0, 2.0, False).facts()
     )
     return found
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    Image.fromarray(rendered([scene("test", 0)])[0].permute(1, 2, 0).numpy()).save(path)
+    return path
 
 
 def test_a_kind_says_how_it_is_drawn_with(students):
@@ -148,26 +159,72 @@ def test_a_stochastic_decoder_adds_the_noise_of_its_seed(teacher_folder, student
     ],
 )
 def test_models_that_ddim_cannot_walk_do_not_edit(
-    bkd_refuses, teacher_folder, tmp_path_factory, scheduler, option, message
+    bkd_refuses, teacher_folder, tmp_path_factory, picture, scheduler, option, message
 ):
-    folder = tmp_path_factory.mktemp("models")
-    model = copied(teacher_folder, folder, scheduler)
-    Image.fromarray(rendered([scene("test", 0)])[0].permute(1, 2, 0).numpy()).save(folder / "scene.png")
+    model = copied(teacher_folder, tmp_path_factory.mktemp("models"), scheduler)
     models = ["--encoder", model, "--decoder", model] if option == "both" else ["--encoder", "shapes", option, model]
-    bkd_refuses(["edit", folder / "scene.png", *models, "--from", "a", "--to", "b", "-o", "out.png"], message)
+    bkd_refuses(["edit", picture, *models, "--from", "a", "--to", "b", "-o", "out.png"], message)
 
 
-def test_latents_that_are_not_finite_are_not_written(bkd_refuses, teacher_folder, tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("models")
-    Image.fromarray(rendered([scene("test", 0)])[0].permute(1, 2, 0).numpy()).save(folder / "scene.png")
+def test_latents_that_are_not_finite_are_not_written(bkd_refuses, picture, monkeypatch):
     monkeypatch.setattr("bkd.sampling.InversionScheduler._moved", lambda self, output, sample, *ends: sample / 0)
-    edit = ["edit", folder / "scene.png", "--encoder", "shapes", "--from", "a", "--to", "b", "-o", "out.png"]
+    edit = ["edit", picture, "--encoder", "shapes", "--from", "a", "--to", "b", "-o", "out.png"]
     bkd_refuses([*edit, "--num-inference-steps", 2], "the latents are not finite numbers any more")
 
 
-def test_an_encoder_is_no_decoder(bkd_refuses, students):
-    edit = ["edit", "scene.png", "--encoder", students["encoder"], "--from", "a", "--to", "b", "-o", "out.png"]
-    bkd_refuses(edit, "--decoder MODEL: one that draws")
+def test_an_encoder_is_no_decoder(bkd_refuses, students, picture):
+    edit = ["edit", picture, "--encoder", students["encoder"], "--from", "a", "--to", "b", "-o", "out.png"]
+    bkd_refuses(edit, "one that draws, such as its teacher (of an edit: --decoder MODEL)")
+
+
+@pytest.mark.parametrize("encoder", ["shapes", "encoder"])
+def test_an_edit_in_steps_without_a_grid_is_refused(bkd_refuses, students, picture, encoder):
+    models = ["--encoder", students.get(encoder, encoder), "--decoder", "shapes", "--num-inference-steps", 61]
+    message = "shapes: this number of steps has no grid of its own\n  got: 61 of 1,000 timesteps"
+    bkd_refuses(["edit", picture, *models, "--from", "a", "--to", "b", "-o", "out.png"], message)
+
+
+def test_what_an_edit_lacks_is_said_before_its_models_are_fetched(bkd_refuses):
+    edit = ["edit", "none.png", "--encoder", "nobody/nothing", "--from", "a", "--to", "b", "-o", "out.png"]
+    bkd_refuses(edit, "none.png: no such image")
+
+
+def test_a_model_that_encodes_and_decodes_is_loaded_once(teacher_folder, students, monkeypatch):
+    loaded = []
+    load = bkd.edit.load_pipeline
+    monkeypatch.setattr(
+        bkd.edit, "load_pipeline", lambda folder, **how: (loaded.append(folder), load(folder, **how))[1]
+    )
+    editor = Editor(half(teacher_folder), half(teacher_folder))
+    assert loaded == [teacher_folder] and type(editor._decoder.scheduler) is DDIMScheduler
+    assert type(editor._encoder.scheduler) is InversionScheduler
+    Editor(half(students["encoder"]), half(students["four"]))
+    assert loaded[1:] == [students["encoder"], students["four"]]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"_class_name": "EDMEulerScheduler"}, "not trained on a noise schedule of DDPM's kind"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_flow_sigmas": True}, "got: EulerDiscreteScheduler with flow"),
+        ({"_class_name": "LCMScheduler"}, "is not drawn with as DDIM would"),
+    ],
+)
+def test_another_sampler_takes_noise_levels_that_are_there(
+    bkd_refuses, teacher_folder, tmp_path_factory, written, message
+):
+    model = copied(teacher_folder, tmp_path_factory.mktemp("models"), written)
+    bkd_refuses(["sample", model, "--prompt", PROMPT, "--scheduler", "ddim", "-o", "out"], message)
+    wish = ["eval", model, "--scheduler", "ddim", "--num-prompts", 2, "--split", "test", "-o", "out"]
+    bkd_refuses(wish, message)
+
+
+def test_samplers_are_made_of_other_schedulers_configurations_without_a_word(caplog):
+    config = DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False).config
+    diffusers.utils.logging.enable_propagation()
+    for kind in (StochasticScheduler, InversionScheduler):
+        assert kind.from_config(config).config.prediction_type == "epsilon"
+    assert not caplog.records
 
 
 def test_the_newest_picture_of_a_stage_is_shown(tmp_path):

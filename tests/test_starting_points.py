@@ -18,8 +18,8 @@ from bkd.recipe.load import load_recipe
 from bkd.recipe.stages import Stage, Student
 from bkd.run import check_stages
 from bkd.run_folder import RunFolder
+from bkd.scheduler_kinds import NOT_FOR_SAMPLE
 from bkd.stage import require_same_start
-from bkd.stage_plan import NOT_FOR_SAMPLE
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.unet import plan_removal
 from bkd.training.fit import Fit

@@ -56,7 +56,7 @@ def sample(
 
 def edit(
     image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP, of the size that the models draw.")],
-    encoder: Annotated[str, typer.Option(help="Model that finds the image's noise: a distilled encoder, or any.")],
+    encoder: Annotated[str, typer.Option(help="Finds the image's noise: a distilled encoder, or a model not halved.")],
     source: Annotated[str, typer.Option("--from", help="What the image shows.")],
     target: Annotated[str, typer.Option("--to", help="What it is to show.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file.")],
@@ -74,12 +74,13 @@ def edit(
     overwrite: Annotated[bool, typer.Option(help="Replace the output file.")] = False,
 ) -> None:
     """Encode an image with one prompt or model, decode with another."""
-    from bkd.edit_plan import Edit, Half
+    from bkd.edit_plan import Edit, Half, require_editable
     from bkd.locate import refuse_unknown
 
-    refuse_unknown(encoder)
+    for model in (encoder, decoder or encoder):
+        refuse_unknown(model)
+    require_editable(image, (source, target), output, overwrite=overwrite)
     first = Half.encoder(encoder, encoder_guidance_scale, num_inference_steps)
-    refuse_unknown(decoder or encoder)
     second = Half.decoder(decoder or encoder, decoder_guidance_scale, num_inference_steps)
     wish = Edit(image, (source, target), first, second, output, seed)
     wish.require_possible(overwrite=overwrite)

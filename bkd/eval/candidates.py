@@ -17,9 +17,10 @@ from bkd.eval.pictures import with_unet
 from bkd.few_steps import few_steps, steps_of
 from bkd.guidance import pipeline_scale
 from bkd.locate import locate
-from bkd.model_folder import model_digest
+from bkd.model_folder import model_digest, scheduler_config
 from bkd.models import load_pipeline
 from bkd.run_folder import RunFolder, require_finished
+from bkd.scheduler_kinds import require_ode
 from bkd.schedulers import chosen_scheduler
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
@@ -45,10 +46,13 @@ class Named:
         """How it draws: as asked, but in as many steps, and with the scheduler, that it was trained for.
 
         Raises:
-            ModelError: If it does not draw, or has not learnt that guidance scale, or does not draw with such noise.
+            ModelError: If it does not draw, or has not learnt that guidance scale, or does not draw with such noise or
+                with such a scheduler.
         """
         pipeline_scale(self.folder, asked.guidance_scale, self.name)
         if (few := few_steps(self.folder)) is None:
+            if asked.scheduler is not None:
+                require_ode(scheduler_config(self.folder), self.name)
             return asked
         if few.sampler == "stochastic" and asked.rng == "bksdm":
             raise ModelError(

@@ -14,7 +14,9 @@ from bkd.errors import DataError, ModelError, one_of
 from bkd.few_steps import few_steps, require_steps
 from bkd.guidance import nearest_scale, pipeline_scale
 from bkd.locate import is_folder, locate
+from bkd.model_folder import scheduler_config
 from bkd.run_folder import run_of_student
+from bkd.scheduler_kinds import require_ode
 from bkd.terms import SCHEDULERS
 
 RNGS = ("per-image", "bksdm")
@@ -94,7 +96,8 @@ def require_drawable(model: str, drawing: Drawing) -> float:
         The `guidance_scale` to call its pipeline with.
 
     Raises:
-        ModelError: If there is no such model, or it has not learnt that guidance scale, sampler, or so many steps.
+        ModelError: If there is no such model, or it has not learnt that guidance scale, so many steps, or a
+            sampler like that.
     """
     folder = locate(model, weights=False)
     scale = pipeline_scale(folder, drawing.guidance_scale, model)
@@ -107,4 +110,6 @@ def require_drawable(model: str, drawing: Drawing) -> float:
             allowed=few,
             remedy="leave --scheduler out",
         )
+    if drawing.scheduler is not None:
+        require_ode(scheduler_config(folder), model)
     return scale

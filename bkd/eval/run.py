@@ -26,7 +26,7 @@ from bkd.eval.suites import Suite
 from bkd.few_steps import few_steps
 from bkd.files import replace_file, require_writable, write_atomically
 from bkd.guidance import passes_a_step
-from bkd.model_folder import native_resolution, prompt_length, read_json, unet_config
+from bkd.model_folder import native_resolution, prompt_length, scheduler_config, unet_config
 from bkd.models import describe_device
 from bkd.progress import Phase, Progress
 from bkd.run_folder import SUITES, RunFolder
@@ -284,7 +284,7 @@ def _cost(candidate: Named, drawing: Drawing) -> dict[str, Any]:
 
 def _sampler(candidate: Named, drawing: Drawing) -> dict[str, Any]:
     """What a candidate is drawn with."""
-    own = read_json(candidate.folder / "scheduler" / "scheduler_config.json")
+    own = scheduler_config(candidate.folder)
     chosen, few = candidate.drawing(drawing).scheduler, few_steps(candidate.folder)
     return {**own, **({"chosen": chosen} if chosen else {}), **({"few_steps": few.facts()} if few else {})}
 
