@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from bkd.errors import ModelError
 from bkd.eval.drawing import Drawing
 from bkd.eval.pictures import with_unet
-from bkd.few_steps import few_steps, steps_of
+from bkd.few_steps import few_steps
 from bkd.guidance import pipeline_scale
 from bkd.locate import locate
 from bkd.model_folder import model_digest, scheduler_config
@@ -61,8 +61,8 @@ class Named:
                 got="--rng bksdm",
                 remedy="--rng per-image",
             )
-        steps = steps_of(self.folder, asked.num_inference_steps, self.name)
-        return replace(asked, num_inference_steps=steps, scheduler=None)
+        few.require(None, self.name)
+        return replace(asked, num_inference_steps=few.num_inference_steps, scheduler=None)
 
     def pipeline_scale(self, asked: float) -> float:
         """The `guidance_scale` to call its pipeline with.
