@@ -15,23 +15,22 @@ from bkd.guidance import one_pass_guidance
 from bkd.locate import locate
 from bkd.model_facts import ModelFacts
 from bkd.models import load_noise_schedule
-from bkd.recipe.stages import Guided, Halving, Stage
+from bkd.recipe.stages import Guided, Halving, Method, Stage
 from bkd.scheduler_kinds import NOT_FOR_SAMPLE, require_ode
 from bkd.surgery.plan import PLAN_FILE
 from bkd.terms import PredictionType
 
 
-def require_fitting_stage(teacher: ModelFacts, stage: Stage) -> None:
-    """Refuse a stage that would unlearn something, or learn what cannot be learnt.
+def require_fitting_method(teacher: ModelFacts, method: Method) -> None:
+    """Refuse to teach what this teacher cannot, or what it should not.
 
     Args:
         teacher: What is known of it.
-        stage: Of the recipe.
+        method: Of the stage.
 
     Raises:
         BkdError: Naming the model or the key.
     """
-    method = stage.method
     _require_teachable(teacher, method.name)
     if isinstance(method, Guided) and (method.prediction_type or method.loss.weighting == "truncated-snr"):
         timesteps = torch.arange(teacher.schedule.num_train_timesteps)
@@ -40,11 +39,22 @@ def require_fitting_stage(teacher: ModelFacts, stage: Stage) -> None:
         _require_scheduler(teacher, method.prediction_type)
     if isinstance(method, Halving):
         _require_halving(teacher, method)
-    if stage.student.path is not None:
-        student = starting_folder(stage.student.path)
-        _require_prediction_type(student, teacher.schedule, stage)
-        _require_same_guidance(student, teacher, stage)
-        _require_same_steps(student, teacher, stage)
+
+
+def require_fitting_start(teacher: ModelFacts, stage: Stage, student: Path) -> None:
+    """Refuse to go on with a student that would unlearn something.
+
+    Args:
+        teacher: What is known of it.
+        stage: Of the recipe.
+        student: Its folder, of `student.path`.
+
+    Raises:
+        RecipeError: Naming the key.
+    """
+    _require_prediction_type(student, teacher.schedule, stage)
+    _require_same_guidance(student, teacher, stage)
+    _require_same_steps(student, teacher, stage)
 
 
 def _require_teachable(teacher: ModelFacts, method: str) -> None:

@@ -11,7 +11,7 @@ from bkd.model_facts import ModelFacts
 from bkd.model_folder import model_digest, unet_config
 from bkd.recipe.schema import Recipe, Train
 from bkd.recipe.stages import Guided, Halving, Stage, Student, numbered
-from bkd.stage_checks import of_student_path, require_fitting_stage, starting_folder
+from bkd.stage_checks import of_student_path, require_fitting_method, require_fitting_start, starting_folder
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plans
 from bkd.surgery.recognise import recognise
@@ -98,7 +98,7 @@ def plan_stage(teacher: ModelFacts, stage: Stage) -> RemovalPlan:
         BkdError: If the student, the method, the adapters and the teacher do not fit together.
     """
     method = stage.method
-    require_fitting_stage(teacher, stage)
+    require_fitting_method(teacher, method)
     plan = _plan_student(teacher, stage.student)
     if isinstance(method, Guided) and method.takes_scale and not plan.added:
         plan = plan.with_guidance_input(GUIDANCE_DIM)
@@ -109,6 +109,8 @@ def plan_stage(teacher: ModelFacts, stage: Stage) -> RemovalPlan:
             got=f"method {method.name}",
             remedy="method.name=guided with a range for method.guidance_scale, or a student without that input",
         )
+    if stage.student.path is not None:
+        require_fitting_start(teacher, stage, starting_folder(stage.student.path))
     if stage.lora is not None:
         require_adaptable(build_empty(dict(teacher.unet), plan), stage.lora)
     return plan
