@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,15 @@ def shown(found: Interval, digits: int = 1, sign: str = "-") -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """In Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
+def page_parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of a script that measures what an experiment drew, and writes it into its section of a page."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of results.md")
+    parser.add_argument("--seeds", type=int, default=3)
+    return parser
 
 
 class Section:

@@ -8,7 +8,6 @@ results.md, and nothing else of that page. Charts go into images/ beside it, eve
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import sys
@@ -22,7 +21,7 @@ import results_guided_runs as runs
 import torch
 from experiment import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, NUM_PROMPTS, SETTINGS, Training, prompts
 from matplotlib.figure import Figure
-from measures import NUM_RESAMPLES, Interval, Section, difference, mean, shown, spread, table
+from measures import NUM_RESAMPLES, Interval, Section, difference, mean, page_parser, shown, spread, table
 from numpy.typing import NDArray
 from results_guided_runs import LAST, POINTS, RATES, SCALE, SCALES, SMALL, TINY, TRIAL_STEPS, WAYS, WHOLE, WINDOW, Way
 
@@ -252,11 +251,7 @@ def require_done(folder: Path, trainings: Iterable[Training]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of results.md")
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
+    args = page_parser(__doc__).parse_args()
     torch.set_num_threads(1)
     section = Section(args.output / "results.md", "one pass and adapters")
     require_done(args.runs, runs.trials(args.runs).values())

@@ -9,7 +9,6 @@ with the runs that are there.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import itertools
@@ -33,7 +32,7 @@ from experiment import (
     TRIAL_STEPS,
 )
 from matplotlib.figure import Figure
-from measures import NUM_RESAMPLES, Interval, Section, difference, mean, shown, spread, table
+from measures import NUM_RESAMPLES, Interval, Section, difference, mean, page_parser, shown, spread, table
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -245,10 +244,7 @@ def figures(cells: Cells) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of results.md")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = page_parser(__doc__)
     parser.add_argument("--partial", action="store_true", help="make do with the runs that are there")
     args = parser.parse_args()
     section, teacher, plan = (

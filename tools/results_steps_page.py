@@ -8,7 +8,6 @@ that page. Charts go into images/ beside it, every figure of every seed into res
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -24,7 +23,7 @@ import torch
 from experiment import GUIDANCE_SCALE, NUM_PROMPTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measures import NUM_RESAMPLES, Interval, Section, mean, shown, table
+from measures import NUM_RESAMPLES, Interval, Section, mean, page_parser, shown, table
 from numpy.typing import NDArray
 from results_steps_measures import NUM_REFERENCE, Edited, accuracy, correct, distance, diversity, edited, fid
 from results_steps_pictures import save_drawn, save_edited
@@ -288,11 +287,7 @@ def require_done(paths: Iterable[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of results.md")
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
+    args = page_parser(__doc__).parse_args()
     torch.set_num_threads(1)
     section = Section(args.output / "results.md", "few steps")
     folder, seeds = args.runs, args.seeds

@@ -250,12 +250,14 @@ def student_edits(folder: Path, seed: int) -> Iterator[Edit]:
 def perform_all(jobs: Mapping[str, Callable[[], object]], pool: Executor) -> None:
     """As many at a time as the pool takes, telling what is done."""
     started = time.monotonic()
-    with pool:
-        futures = {pool.submit(job): name for name, job in jobs.items()}
+    futures = {pool.submit(job): name for name, job in jobs.items()}
+    try:
         for number, future in enumerate(as_completed(futures), 1):
             future.result()
             eta = (time.monotonic() - started) / number * (len(jobs) - number)
             print(f"{number}/{len(jobs)} {futures[future]}, about {eta / 60:.0f} min left", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> None:
