@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import results_steps_runs as runs
 import torch
 from experiment import NUM_PROMPTS, prompts
-from measures import Interval, mean, spread
+from measures import Interval, mean, shown, spread
 from numpy.typing import NDArray
 from results_steps_runs import NUM_NOISES, NUM_SCENES
 
@@ -90,9 +91,8 @@ def diversity(paths: Sequence[Path]) -> Interval:
     return spread(100 * _pairwise(shapes_features(network, images_in(path))) / diversity_of_renders() for path in paths)
 
 
-@dataclass(frozen=True)
-class Edited:
-    """What became of the scenes of one file: each (scenes,), 0 or 1.
+class Edited(NamedTuple):
+    """What became of scenes: each (scenes,), 0 or 1.
 
     Attributes:
         whole: Everything is as the second caption says.
@@ -109,13 +109,28 @@ class Edited:
     again: NDArray[np.int64]
 
 
+def edit_header(first: str, attribute: str) -> list[str]:
+    """Of a table of `edit_row`s."""
+    return [first, "all right", f"{attribute} changed", "the rest kept", "nothing moved", "back again"]
+
+
+def edit_row(title: str, seeds: Iterable[Edited]) -> list[str]:
+    """Percent of the scenes, and intervals."""
+    return [title, *(shown(mean(np.stack(outcomes))) for outcomes in zip(*seeds, strict=True))]
+
+
 @cache
 def edited(path: Path, kind: str = "color") -> Edited:
+    return judged(images_in(path), images_in(path, "again"), kind)
+
+
+def judged(images: torch.Tensor, decoded: torch.Tensor, kind: str = "color") -> Edited:
+    """Of edits of one kind, and the scenes decoded with their own captions: uint8, (N, 3, 32, 32) each."""
     before, after = runs.edits(kind)
-    images, attribute = images_in(path), "color" if kind == "color" else "shape"
+    attribute = "color" if kind == "color" else "shape"
     verdicts = check(images, [one.caption for one in after])
     others = [all(ok for name, ok in v.attributes.items() if name != attribute) for v in verdicts]
-    again = check(images_in(path, "again"), [one.caption for one in before])
+    again = check(decoded, [one.caption for one in before])
     return Edited(
         np.array([v.correct for v in verdicts], np.int64),
         np.array([v.attributes[attribute] for v in verdicts], np.int64),

@@ -25,7 +25,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measures import NUM_RESAMPLES, Interval, Section, mean, page_parser, shown, table
 from numpy.typing import NDArray
-from results_steps_measures import NUM_REFERENCE, Edited, accuracy, correct, distance, diversity, edited, fid
+from results_steps_measures import (
+    NUM_REFERENCE,
+    Edited,
+    accuracy,
+    correct,
+    distance,
+    diversity,
+    edit_header,
+    edit_row,
+    edited,
+    fid,
+)
 from results_steps_pictures import save_drawn, save_edited
 from results_steps_runs import (
     COUNTS,
@@ -96,8 +107,8 @@ def _seeds(folder: Path, seeds: int, *parts: object) -> list[Path]:
     return [place(folder, seed, *parts) for seed in range(seeds)]
 
 
-def shares(paths: Sequence[Path], of: Callable[[Edited], NDArray[np.int64]], kind: str = "color") -> str:
-    return shown(mean(np.stack([of(edited(path, kind)) for path in paths])))
+def shares(paths: Sequence[Path], of: Callable[[Edited], NDArray[np.int64]]) -> str:
+    return shown(mean(np.stack([of(edited(path)) for path in paths])))
 
 
 def in_steps(steps: int) -> str:
@@ -167,35 +178,25 @@ def scales_text(folder: Path, seeds: int) -> list[str]:
 
 def edits_text(folder: Path, seeds: int) -> list[str]:
     """Edits by number of steps, and by the two scales; style transfer."""
-    measures: dict[str, Callable[[Edited], NDArray[np.int64]]] = {
-        "all right": lambda e: e.whole,
-        "colour changed": lambda e: e.changed,
-        "the rest kept": lambda e: e.kept,
-        "nothing moved": lambda e: e.still,
-        "back again": lambda e: e.again,
-    }
-    rows = []
-    for steps in (FULL_STEPS, *EDIT_COUNTS):
-        paths = [place(folder, None, "edit", steps)]
-        rows.append([f"teacher, {in_steps(steps)}", *(shares(paths, of) for of in measures.values())])
-    for steps in EDIT_COUNTS:
-        paths = _seeds(folder, seeds, "edit", steps)
-        rows.append([f"distilled, {in_steps(steps)}", *(shares(paths, of) for of in measures.values())])
+    of_teacher = [(f"teacher, {in_steps(n)}", [place(folder, None, "edit", n)]) for n in (FULL_STEPS, *EDIT_COUNTS)]
+    distilled = [(f"distilled, {in_steps(n)}", _seeds(folder, seeds, "edit", n)) for n in EDIT_COUNTS]
     theme = [
-        [title, *(shares(_seeds(folder, seeds, "theme", steps), of, "theme") for of in measures.values())]
-        for title, steps in ((f"teacher, {FULL_STEPS} steps", FULL_STEPS), (f"distilled, {FEW} steps", FEW))
+        (f"{encoder}, {in_steps(n)}", _seeds(folder, seeds, "theme", n))
+        for encoder, n in (("teacher", FULL_STEPS), ("distilled", FEW))
     ]
+    rows = [edit_row(title, map(edited, paths)) for title, paths in (*of_teacher, *distilled)]
+    theme_rows = [edit_row(title, [edited(path, "theme") for path in paths]) for title, paths in theme]
     return [
         f"{NUM_EDITS} unseen scenes, whose first object is given another colour by the second caption. Where in its "
         "quarter an object lies, no caption says: `nothing moved` counts scenes whose objects all lie where they lay, "
         "to half a pixel. `Back again`: decoded with the first caption, the scene is what it was. Encoder without "
         f"guidance, decoder with {GUIDANCE_SCALE:g}; the teacher's decoder makes two passes a step.",
-        table(["encoder and decoder", *measures], rows),
+        table(edit_header("encoder and decoder", "colour"), rows),
         *_sweep(folder, seeds),
         "Style transfer: encoded with the teacher, or its distilled encoder, and decoded with an sd-tiny student that "
         f"was fine-tuned on diamonds ({FULL_STEPS} steps, guidance {GUIDANCE_SCALE:g}); the second caption turns the "
         "first object into one.",
-        table(["encoder", *(name.replace("colour", "shape") for name in measures)], theme),
+        table(edit_header("encoder", "shape"), theme_rows),
     ]
 
 

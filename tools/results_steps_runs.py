@@ -211,11 +211,17 @@ class Edit:
 
     def perform(self) -> None:
         """Edit."""
-        before, after = edits(self.kind)
-        editor = Editor(self.encoder, self.decoder)
-        noise = editor.encode(rendered(before), [scene.caption for scene in before])
-        again, edited = (editor.decode(noise, [scene.caption for scene in said]) for said in (before, after))
-        save(self.path, images=edited.numpy(), again=again.numpy(), noise=noise.numpy())
+        drawn = drawn_edits(self.encoder, self.decoder, self.kind)
+        save(self.path, **{name: tensor.numpy() for name, tensor in drawn.items()})
+
+
+def drawn_edits(encoder: Half, decoder: Half, kind: str = "color") -> dict[str, torch.Tensor]:
+    """`noise` of the scenes, (N, C, h, w); from it, uint8 (N, 3, H, W): the edited `images`, and the scenes `again`."""
+    before, after = edits(kind)
+    editor = Editor(encoder, decoder)
+    noise = editor.encode(rendered(before), [scene.caption for scene in before])
+    again, edited = (editor.decode(noise, [scene.caption for scene in said]) for said in (before, after))
+    return {"images": edited, "again": again, "noise": noise}
 
 
 def half(folder: Path, scale: float, steps: int = FULL_STEPS) -> Half:
