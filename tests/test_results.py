@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,12 +203,24 @@ def test_everything_that_is_drawn_of_few_steps_has_a_place_of_its_own_on_the_pag
     assert asked <= set(files) and {line.name for line in steps_page.lines(halved, 1)} == set(steps_page.STYLES)
     monkeypatch.setattr(steps_page, "accuracy", lambda paths: asked.update(paths) or measures.Interval(0, 0, 0))
     monkeypatch.setattr(steps_page, "diversity", lambda paths: asked.update(paths) or measures.Interval(0, 0, 0))
-    monkeypatch.setattr(steps_page, "shares", lambda paths, of, kind="": asked.update(paths) or "")
+    unedited = steps_measures.Edited(*5 * [np.zeros(1, np.int64)])
+    monkeypatch.setattr(steps_page, "edited", lambda path, kind="color": asked.add(path) or unedited)
     monkeypatch.setattr(steps_page, "fid", lambda paths: asked.update(paths) or measures.Interval(0, 0, 0))
     steps_page.calls_text(halved, steps_page.lines(halved, 1))
     steps_page.scales_text(halved, 1)
     steps_page.edits_text(halved, 1)
     assert asked == set(files)
+
+
+def test_a_job_that_fails_ends_those_that_wait():
+    def fails():
+        raise SystemExit("no space left")
+
+    ran = []
+    waiting = {f"job {number}": lambda: ran.append(time.sleep(0.05)) for number in range(100)}
+    with pytest.raises(SystemExit, match="no space left"):
+        steps.perform_all({"fails": fails, **waiting}, ThreadPoolExecutor(1))
+    assert len(ran) < len(waiting)
 
 
 def test_edits_change_one_thing_and_are_judged_by_it(tmp_path):
