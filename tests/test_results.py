@@ -219,7 +219,7 @@ def test_a_job_that_fails_ends_those_that_wait():
     ran = []
     waiting = {f"job {number}": lambda: ran.append(time.sleep(0.05)) for number in range(100)}
     with pytest.raises(SystemExit, match="no space left"):
-        steps.perform_all({"fails": fails, **waiting}, ThreadPoolExecutor(1))
+        experiment.perform_jobs({"fails": fails, **waiting}, ThreadPoolExecutor(1))
     assert len(ran) < len(waiting)
 
 

@@ -10,9 +10,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -194,20 +195,32 @@ def save_drawn(
 
 
 def perform_all(trainings: Iterable[Training], jobs: int) -> None:
-    """Those that are not done, so many at a time, telling what is done and how long the rest may take."""
-    left = [training for training in trainings if not training.done]
-    if not left:
-        return
+    """Those that are not done, so many at a time."""
+    left = {str(training.folder): partial(perform, training) for training in trainings if not training.done}
+    if left:
+        perform_jobs(left, worker_pool(jobs))
+
+
+def worker_pool(jobs: int) -> ProcessPoolExecutor:
+    """So many processes of one thread each."""
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_worker)
+
+
+def perform_jobs(jobs: Mapping[str, Callable[[], float | None]], pool: Executor) -> None:
+    """As many at a time as the pool takes, telling what is done, in how many seconds if it says so, and what is left.
+
+    One that fails ends those that wait.
+    """
     started = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_worker) as pool:
-        futures = {pool.submit(perform, training): training for training in left}
-        try:
-            for number, future in enumerate(as_completed(futures), 1):
-                eta = (time.monotonic() - started) / number * (len(left) - number)
-                taken = f"{futures[future].folder}: {future.result():.0f} s"
-                print(f"{number}/{len(left)} {taken}, about {eta / 60:.0f} min left", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    futures = {pool.submit(job): name for name, job in jobs.items()}
+    try:
+        for number, future in enumerate(as_completed(futures), 1):
+            seconds = future.result()
+            taken = futures[future] if seconds is None else f"{futures[future]}: {seconds:.0f} s"
+            eta = (time.monotonic() - started) / number * (len(jobs) - number)
+            print(f"{number}/{len(jobs)} {taken}, about {eta / 60:.0f} min left", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def start(folder: Path) -> None:

@@ -28,11 +28,8 @@ def main() -> None:
     decoder = Half.decoder(args.decoder or args.encoder, None, args.num_inference_steps)
     drawn = drawn_edits(encoder, decoder)
     title = f"{encoder}; {decoder}"
-    print(
-        table(
-            edit_header("encoder and decoder", "colour"), [edit_row(title, [judged(drawn["images"], drawn["again"])])]
-        )
-    )
+    row = edit_row(title, [judged(drawn["images"], drawn["again"])])
+    print(table(edit_header("encoder and decoder", "colour"), [row]))
 
 
 if __name__ == "__main__":

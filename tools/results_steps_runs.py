@@ -13,10 +13,9 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import experiment
@@ -253,33 +252,19 @@ def student_edits(folder: Path, seed: int) -> Iterator[Edit]:
     yield Edit(place(folder, seed, "theme", FEW), half(encoder.student(FEW), 1.0), theme, "theme")
 
 
-def perform_all(jobs: Mapping[str, Callable[[], object]], pool: Executor) -> None:
-    """As many at a time as the pool takes, telling what is done."""
-    started = time.monotonic()
-    futures = {pool.submit(job): name for name, job in jobs.items()}
-    try:
-        for number, future in enumerate(as_completed(futures), 1):
-            future.result()
-            eta = (time.monotonic() - started) / number * (len(jobs) - number)
-            print(f"{number}/{len(jobs)} {futures[future]}, about {eta / 60:.0f} min left", flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def main() -> None:
     args = experiment.parsed_arguments(__doc__)
     experiment.start_worker()
     shared = {"first": FIRST, "halving_steps": HALVING_STEPS, "recipes": {k: list(v[1]) for k, v in RECIPES.items()}}
     require_same_settings(args.output, "settings", {**shared, "teacher": model_digest(locate("shapes"))})
-    for made in (trainings, later_trainings):
-        asked = {f"{name}, seed {seed}": t for seed in range(args.seeds) for name, t in made(args.output, seed).items()}
-        perform_all({name: training.perform for name, training in asked.items()}, ThreadPoolExecutor(args.jobs))
     seeds = range(args.seeds)
+    for made in (trainings, later_trainings):
+        asked = {f"{name}, seed {seed}": t.perform for seed in seeds for name, t in made(args.output, seed).items()}
+        experiment.perform_jobs(asked, ThreadPoolExecutor(args.jobs))
     work: list[Shot | Edit] = [*teacher_shots(args.output), *teacher_edits(args.output)]
     work += [shot for seed in seeds for shot in (*student_shots(args.output, seed), *student_edits(args.output, seed))]
-    workers = ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=experiment.start_worker)
     left = {str(one.path.relative_to(args.output)): one.perform for one in work if not one.path.is_file()}
-    perform_all(left, workers)
+    experiment.perform_jobs(left, experiment.worker_pool(args.jobs))
 
 
 if __name__ == "__main__":
