@@ -21,8 +21,8 @@ def training(teacher, teacher_folder, shards, tmp_path):
 
     def make(reports, **settings):
         pipe, dtype = load_pipeline(locate("shapes")), training_dtype(settings["mixed_precision"])
-        method = kd(pipe, teacher_folder)
         place_encoders(pipe, dtype, cuda)
+        method = kd(pipe, teacher_folder)
         pipe.unet.to(cuda, dtype)
         method.trainable.to(cuda)
         for unet in (method.trainable, method.teacher):
