@@ -61,6 +61,10 @@ class TrainingError(BkdError):
     """A training run that cannot go on."""
 
 
+class HubError(BkdError):
+    """The Hub, or the way to it, refused something; or a model is not ready to be shown there."""
+
+
 class EnvironmentProblem(BkdError):
     """Installed packages that do not fit together."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bkd import __version__
-from bkd.cli import evaluate, models, ship, train
+from bkd.cli import evaluate, models, publish, ship, train
 from bkd.cli.bench import bench
 from bkd.cli.console import print_error
 from bkd.cli.data import data
@@ -34,6 +34,7 @@ for verb in (
     evaluate.eval_,
     ship.report,
     ship.export,
+    publish.push,
 ):
     app.command(verb.__name__.rstrip("_"))(verb)
 app.add_typer(data, name="data")

@@ -1,0 +1,9 @@
+"""Where the card and what it shows lie in a student's folder."""
+
+CARD_FILE = "README.md"
+CARD_FOLDER = "card"
+"""Pictures, measurements and the recipe that the card speaks of."""
+REPO_PLACEHOLDER = "NAMESPACE/NAME"
+"""Stands in the card's example for the repository, until `bkd push` knows it."""
+DIGEST_KEY = "bkd_student_sha256"
+"""In the card's head: of the weights that it was written for."""

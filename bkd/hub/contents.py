@@ -1,0 +1,98 @@
+"""What of a student's folder goes to the Hub: the model, its card, and nothing else that may lie there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER
+from bkd.files import file_digest
+from bkd.model_folder import parts_of, read_json
+from bkd.surgery.plan import PLAN_FILE
+
+PART_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+"""Configurations, vocabularies and safe weights; pickled ones are never uploaded."""
+CARD_SUFFIXES = (".png", ".json", ".yaml")
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+
+
+@dataclass(frozen=True)
+class RepoFile:
+    """One file as it will be in the repository.
+
+    Attributes:
+        name: Path there, with slashes.
+        content: Where its bytes lie, or the bytes themselves where they differ from the file's.
+    """
+
+    name: str
+    content: Path | bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+    def sha256(self) -> str:
+        """How the Hub knows a large file."""
+        return hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else file_digest(self.content)
+
+    def blob_id(self) -> str:
+        """How git knows a small one."""
+        content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def repo_files(folder: Path, repo: str) -> list[RepoFile]:
+    """All files that make the repository, the weights last.
+
+    Args:
+        folder: A whole pipeline folder.
+        repo: `namespace/name`, which the card's example names.
+    """
+    files = [RepoFile(path.relative_to(folder).as_posix(), _as_public(path, repo)) for path in _paths(folder)]
+    return sorted(files, key=lambda file: (file.name.endswith(".safetensors"), file.name))
+
+
+def left_behind(folder: Path, files: list[RepoFile]) -> list[str]:
+    """Names of what lies in the folder and does not go up."""
+    taken = {file.name for file in files}
+    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in there if name not in taken)
+
+
+def _paths(folder: Path) -> Iterator[Path]:
+    for name in ("model_index.json", PLAN_FILE, CARD_FILE, *LICENSES):
+        if (folder / name).is_file():
+            yield folder / name
+    for part in parts_of(folder):
+        yield from (path for path in (folder / part).iterdir() if path.is_file() and path.suffix in PART_SUFFIXES)
+    yield from (path for path in folder.glob(f"{CARD_FOLDER}/*") if path.is_file() and path.suffix in CARD_SUFFIXES)
+
+
+def _as_public(path: Path, repo: str) -> Path | bytes:
+    """The file, or what of it others may read."""
+    if path.name == CARD_FILE:
+        return path.read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo).encode()
+    if path.name == PLAN_FILE:
+        return (json.dumps(without_places(read_json(path)), indent=2) + "\n").encode()
+    return path
+
+
+def without_places(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan file's facts without the folders of the machine that they were written on."""
+    public = dict(facts)
+    if isinstance(teacher := public.get("teacher"), str):
+        public["teacher"] = public_model_name(teacher)
+    if isinstance(before := public.get("teacher_plan"), Mapping):
+        public["teacher_plan"] = without_places(before)
+    return public
+
+
+def public_model_name(name: str) -> str:
+    """A Hub id or the embedded model as it is called; of a folder or file its own name alone."""
+    return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) else name

@@ -1,0 +1,253 @@
+"""Upload a student as one commit: all of it appears at once, or nothing does."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
+
+from bkd import __version__
+from bkd.errors import HubError
+from bkd.hub.contents import RepoFile
+from bkd.hub.trouble import BUSY, CONFLICT, LOGIN, explained, is_connection_trouble, status_of
+from bkd.progress import Phase
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+REPO = re.compile(f"{NAME}/{NAME}")
+TRIES, FIRST_WAIT_SECONDS = 5, 1.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a student goes.
+
+    Attributes:
+        repo: `namespace/name`.
+        private: Whether a new repository is hidden from others.
+        revision: Branch; None for the main one.
+        pull_request: Propose the commit rather than make it.
+    """
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+    pull_request: bool = False
+
+    def __post_init__(self) -> None:
+        if self.repo.count("/") != 1 or not REPO.fullmatch(self.repo) or re.search(r"--|\.\.", self.repo):
+            raise HubError(
+                "not the name of a repository on the Hub",
+                where="--repo",
+                got=self.repo,
+                allowed="NAMESPACE/NAME of a model: letters, digits, '-', '_' and '.', such as ada/sd-small",
+                remedy="put your user name or organisation before the name" if "/" not in self.repo else None,
+            )
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What became of it.
+
+    Attributes:
+        url: Of the commit, or of the pull request.
+        changed: Files that went up.
+        removed: Files of an earlier student that went away.
+        unchanged: How many were there already.
+    """
+
+    url: str
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    unchanged: int
+
+
+def find_token() -> str:
+    """The Hub's own login, or the environment's.
+
+    Raises:
+        HubError: If there is none, or the Hub is switched off.
+    """
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError("the Hub is switched off", where="HF_HUB_OFFLINE", got="1", remedy="unset it, or add --dry-run")
+    token = get_token()
+    if token is None:
+        raise HubError("no token to write to the Hub with", remedy=LOGIN)
+    return token
+
+
+class Push:
+    """One upload.
+
+    Args:
+        target: Where to.
+        files: What the repository is to hold.
+        message: Of the commit.
+        phase: Told what begins.
+    """
+
+    def __init__(self, target: Target, files: Sequence[RepoFile], message: str, phase: Phase) -> None:
+        from huggingface_hub import HfApi
+
+        self._target, self._files, self._message, self._phase = target, files, message, phase
+        self._token = find_token()
+        self._api: HfApi = HfApi(token=self._token, library_name="bkd", library_version=__version__)
+
+    def run(self) -> Pushed:
+        """Make the repository where it is missing, and one commit with what differs from it.
+
+        Raises:
+            HubError: If the Hub refuses, the connection breaks, or somebody else writes to the repository. Nothing of
+                an unfinished upload is visible, and the same command continues it.
+        """
+        target = self._target
+        self._phase(f"asking the Hub for {target.repo}")
+        self._ask("signing in", self._require_write_access)
+        self._ask("looking for the repository", self._make_repo)
+        if target.revision and not target.pull_request and not target.revision.startswith("refs/"):
+            self._ask("making the branch", lambda: self._api.create_branch(target.repo, branch=str(target.revision), exist_ok=True))
+        return self._commit()
+
+    def _require_write_access(self) -> None:
+        who = self._api.whoami()
+        role = who.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise HubError(
+                "this token may only read",
+                where=self._target.repo,
+                got=f"a token of {who.get('name')} with the role 'read'",
+                remedy=f"a token with the role 'write': {LOGIN}",
+            )
+
+    def _make_repo(self) -> None:
+        target = self._target
+        if self._api.repo_exists(target.repo):
+            known = self._api.model_info(target.repo)
+            if target.private and not known.private:
+                raise HubError(
+                    "this repository is there already, and public",
+                    where=target.repo,
+                    remedy="leave --private out, choose another --repo, or hide it in its settings on the Hub",
+                )
+            return
+        for kind in ("dataset", "space"):
+            if self._api.repo_exists(target.repo, repo_type=kind):
+                raise HubError(f"that name is a {kind}, not a model", where=target.repo, remedy="choose another --repo")
+        if target.pull_request:
+            raise HubError("there is no such repository to propose a change to", where=target.repo, remedy="leave --pr out")
+        self._api.create_repo(target.repo, private=target.private, exist_ok=True)
+
+    def _commit(self) -> Pushed:
+        """Send what differs until the Hub has it, and never twice."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        target = self._target
+        for attempt in range(TRIES):
+            head, there = self._ask("reading what is there", self._head)
+            changed, removed = differences(self._files, there)
+            unchanged = len(self._files) - len(changed)
+            if not changed and not removed:
+                url = f"{self._api.endpoint}/{target.repo}/tree/{target.revision or 'main'}"
+                return Pushed(url, (), (), unchanged)
+            self._phase(f"uploading {len(changed)} files, {sum(file.size for file in changed) / 2**20:,.1f} MiB")
+            operations = [
+                *(CommitOperationAdd(file.name, file.content) for file in changed),
+                *(CommitOperationDelete(name) for name in removed),
+            ]
+            try:
+                made = self._api.create_commit(
+                    target.repo,
+                    operations,
+                    commit_message=self._message,
+                    revision=target.revision,
+                    create_pr=target.pull_request,
+                    parent_commit=head,
+                )
+            except Exception as error:  # the client raises a dozen kinds
+                if attempt == TRIES - 1 or not self._may_repeat(error):
+                    raise self._explained(error, "uploading") from error
+                self._wait(attempt, error)
+            else:
+                url = made.pr_url if target.pull_request else made.commit_url
+                return Pushed(str(url), tuple(file.name for file in changed), tuple(removed), unchanged)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _head(self) -> tuple[str, dict[str, str]]:
+        """The newest commit, and for each of its files how it is known: SHA-256, or git's number of a small one."""
+        from huggingface_hub.hf_api import RepoFile as Listed
+
+        target = self._target
+        head = self._api.repo_info(target.repo, revision=target.revision).sha
+        listed = self._api.list_repo_tree(target.repo, recursive=True, revision=head)
+        files = {each.path: each.lfs.sha256 if each.lfs else each.blob_id for each in listed if isinstance(each, Listed)}
+        return str(head), files
+
+    def _may_repeat(self, error: Exception) -> bool:
+        """A commit that did land is found by looking again; a pull request would be made twice."""
+        status = status_of(error)
+        if self._target.pull_request:
+            return status == 429
+        return status in (*BUSY, CONFLICT) or is_connection_trouble(error)
+
+    def _ask(self, doing: str, question: Callable[[], T]) -> T:
+        """Ask the Hub, a few times where that may help."""
+        for attempt in range(TRIES):
+            try:
+                return question()
+            except HubError:
+                raise
+            except Exception as error:  # the client raises a dozen kinds
+                if attempt == TRIES - 1 or not (status_of(error) in BUSY or is_connection_trouble(error)):
+                    raise self._explained(error, doing) from error
+                self._wait(attempt, error)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _wait(self, attempt: int, error: Exception) -> None:
+        seconds = FIRST_WAIT_SECONDS * 2**attempt
+        status = status_of(error)
+        self._phase(f"{f'HTTP {status}' if status else 'the connection broke'}; again in {seconds:.0f} s")
+        time.sleep(seconds)
+
+    def _explained(self, error: Exception, doing: str) -> HubError:
+        found = explained(error, repo=self._target.repo, doing=doing, token=self._token)
+        if self._target.pull_request and doing == "uploading" and status_of(error) is None:
+            found = HubError(
+                "the connection broke while the pull request was sent, which may have arrived",
+                where=self._target.repo,
+                got=found.got,
+                remedy="look at the repository's pull requests before the same command again",
+            )
+        return found
+
+
+def differences(files: Sequence[RepoFile], there: dict[str, str]) -> tuple[list[RepoFile], list[str]]:
+    """What must be sent, and which files of an earlier student must go, so that nobody loads half of each.
+
+    Args:
+        files: What the repository is to hold.
+        there: Its files, each with its SHA-256 or git's number.
+
+    Returns:
+        Files to send; and names to remove, which lie in the folders of parts that are sent, and nowhere else.
+    """
+    changed = [file for file in files if there.get(file.name) not in _ids(file, there)]
+    ours = {file.name for file in files}
+    folders = {PurePosixPath(name).parts[0] for name in ours if "/" in name}
+    removed = sorted(name for name in there if name not in ours and PurePosixPath(name).parts[0] in folders and "/" in name)
+    return changed, removed
+
+
+def _ids(file: RepoFile, there: dict[str, str]) -> set[str]:
+    """How the Hub would know the file; nothing is read of one that is not there."""
+    known = there.get(file.name)
+    if known is None:
+        return set()
+    return {file.sha256() if len(known) == 64 else file.blob_id()}
