@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, PngImagePlugin
 from pydantic import PositiveInt, TypeAdapter, ValidationError
@@ -58,22 +58,36 @@ class Sheet:
         return tile.resize((self.side, self.side), Image.Resampling.NEAREST)
 
 
-def open_sheet(path: Path) -> tuple[Image.Image, Sheet | None]:
-    """A comparison picture, and where its tiles lie; None where it does not say so, or says what cannot be.
+def read_sheet(path: Path) -> Sheet | None:
+    """Where the tiles of a comparison picture lie, its pixels unread; None where it does not say so, or cannot be.
+
+    Raises:
+        DataError: If the file is no picture.
+    """
+    with _opened(path) as picture:
+        try:
+            sheet = TypeAdapter(Sheet).validate_json(picture.info.get(TEXT_KEY, ""))
+        except ValidationError:
+            return None
+        return sheet if sheet.fits(picture.size) else None
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A comparison picture as a whole, RGB.
 
     Raises:
         DataError: If the file is no whole picture.
     """
+    with _opened(path) as picture:
+        return picture.convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-            text: Mapping[Any, Any] = getattr(opened, "text", {})
+        with Image.open(path) as picture:
+            yield picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             "this picture cannot be read", where=path, got=error, remedy="move it away, or restore it"
         ) from None
-    try:
-        sheet = TypeAdapter(Sheet).validate_json(text.get(TEXT_KEY, ""))
-    except ValidationError:
-        return picture, None
-    return picture, sheet if sheet.fits(picture.size) else None
