@@ -109,7 +109,7 @@ def headline(report: Report) -> Headline | None:
     if report["settings"]["suite"] == "shapes":
         split = report["settings"]["splits"][0]
         pair = [share(model["splits"][split]["accuracy"]) for model in (student, teacher)]
-        return Headline(f"right, {SPLIT_TITLES.get(split, split)}", *pair)
+        return Headline(f"captions right, {SPLIT_TITLES.get(split, split)}", *pair)
     for key, name in DISTANCES:
         if "skipped" not in teacher[key] and "skipped" not in student[key]:
             return Headline(name, *(f"{model[key]['value']:.4g}" for model in (student, teacher)))
@@ -142,7 +142,7 @@ def _accuracy_chart(models: Sequence[Report], split: str) -> RowChart | None:
     for color, model in enumerate(models):
         found = model["splits"][split]["accuracy"]
         value, low, high = (100 * x for x in (found["successes"] / found["total"], found["low"], found["high"]))
-        rows.append(Row(model["name"], color, value, low, high, f"{value:.1f} %"))
+        rows.append(Row(model["name"], color, value, low, high, f"{value:.1f}%"))
     return row_chart("Images that show what the caption says, %", "more is better; 95 % interval", rows)
 
 

@@ -212,7 +212,7 @@ def _change(name: str, before: int, after: int) -> Card:
     if before == after:
         return Card(name, large(after), "as the teacher")
     sign = "−" if after < before else "+"
-    return Card(name, f"{sign}{abs(1 - after / before):.1%}".replace("%", " %"), f"{large(before)} → {large(after)}")
+    return Card(name, f"{sign}{abs(1 - after / before):.1%}", f"{large(before)} → {large(after)}")
 
 
 def large(number: float) -> str:
