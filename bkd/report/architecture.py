@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from bkd.cost import unet_cost
 from bkd.errors import BkdError
+from bkd.eval.shown import NONE
 from bkd.guidance import StudentKind, nearest_scale, passes_a_step
 from bkd.locate import locate
 from bkd.model_folder import prompt_length, unet_config
@@ -44,6 +45,11 @@ class Model:
         return self.steps * self.passes if self.steps else None
 
     @property
+    def calls_text(self) -> str:
+        """The same as steps times passes."""
+        return f"{self.steps} × {self.passes}" if self.steps else NONE
+
+    @property
     def image_macs(self) -> int | None:
         """Multiply-accumulates of all of them."""
         return self.macs * self.calls if self.calls else None
@@ -51,7 +57,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Teacher and student.
+    """Teacher and student; None for what is not at hand.
 
     Attributes:
         teacher: As it was distilled from.
@@ -59,24 +65,28 @@ class Architecture:
         removed: Units that the student lacks.
         planned: Whether no student has been written yet.
         diagram: What is kept and what is not.
+        problem: Why there is no teacher and no diagram.
     """
 
-    teacher: Model
-    student: Model
+    teacher: Model | None
+    student: Model | None
     removed: tuple[str, ...]
     planned: bool
-    diagram: Markup
+    diagram: Markup | None
+    problem: str | None = None
 
 
-def architecture(run: RunFolder) -> Architecture | str:
-    """What is known without weights; or, where the teacher is not to be had, why there is nothing."""
+def architecture(run: RunFolder) -> Architecture:
+    """What is known without weights; a teacher that is not on this disk is asked for, its configuration alone."""
     recipe = run.recipe()
     own = recipe.teacher
     try:
         teacher = locate(own.id, revision=own.revision, config=own.config, weights=False)
         return _compared(run, recipe, teacher)
     except BkdError as error:
-        return str(error)
+        student = newest_student(run, recipe)
+        model = _model(student, recipe) if student else None
+        return Architecture(None, model, (), student is None, None, str(error))
 
 
 def newest_student(run: RunFolder, recipe: Recipe) -> Path | None:
@@ -87,18 +97,18 @@ def newest_student(run: RunFolder, recipe: Recipe) -> Path | None:
 def _compared(run: RunFolder, recipe: Recipe, teacher: Path) -> Architecture:
     config, student = unet_config(teacher), newest_student(run, recipe)
     plan = _removal(run, config, student) if student else _planned(config, recipe)
-    anatomy, tokens = read_anatomy(config), prompt_length(teacher)
-    before = unet_cost(config, num_tokens=tokens)
-    after = unet_cost(unet_config(student), num_tokens=tokens) if student else unet_cost(config, plan, num_tokens=tokens)
+    before = _model(teacher, recipe)
+    after = _model(student, recipe) if student else _model(teacher, recipe, plan)
+    anatomy = read_anatomy(config)
     subtitle = f"{before.parameters:,} → {after.parameters:,} UNet parameters"
     svg = diagram_svg(anatomy, complete(anatomy, plan.removed), plan.name, subtitle=subtitle)
-    return Architecture(
-        Model(before.parameters, before.macs, *_drawn(teacher, recipe)),
-        Model(after.parameters, after.macs, *_drawn(student or teacher, recipe)),
-        plan.removed,
-        student is None,
-        Markup(svg.replace(' xmlns="http://www.w3.org/2000/svg"', "")),  # inside HTML it says nothing
-    )
+    inline = Markup(svg.replace(' xmlns="http://www.w3.org/2000/svg"', ""))  # inside HTML it says nothing
+    return Architecture(before, after, plan.removed, student is None, inline)
+
+
+def _model(folder: Path, recipe: Recipe, plan: RemovalPlan | None = None) -> Model:
+    cost = unet_cost(unet_config(folder), plan, num_tokens=prompt_length(folder))
+    return Model(cost.parameters, cost.macs, *_drawn(folder, recipe))
 
 
 def _removal(run: RunFolder, config: dict[str, object], student: Path) -> RemovalPlan:

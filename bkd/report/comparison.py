@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bkd.eval.shown import NONE
-from bkd.report.architecture import Architecture
+from bkd.report.architecture import Model
 from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import Gallery, Shot, strip
@@ -50,21 +50,21 @@ def compare(views: Sequence[RunView], embedded: Embedded) -> Comparison:
 
 def _costs(views: Sequence[RunView]) -> Table:
     columns = ("run", "UNet parameters", "MACs a pass", "UNet calls", "MACs an image", "training steps", "training")
-    rows: list[tuple[str, ...]] = []
+    teacher = next((view.architecture.teacher for view in views if view.architecture.teacher), None)
+    rows = [("teacher", *_cost(teacher), NONE, NONE)] if teacher else []
     for view in views:
-        if not rows and isinstance(view.architecture, Architecture):
-            rows.append(("teacher", *_cost(view.architecture, student=False), NONE, NONE))
-        known = _cost(view.architecture) if isinstance(view.architecture, Architecture) else (NONE,) * 4
         steps = sum(stage.steps for stage in view.files.stages)
         seconds = sum(stage.seconds for stage in view.files.stages)
-        rows.append((view.label, *known, f"{steps:,}", f"{seconds:,.0f} s" if seconds else NONE))
+        trained = f"{seconds:,.0f} s" if seconds else NONE
+        rows.append((view.label, *_cost(view.architecture.student), f"{steps:,}", trained))
     return Table("Side by side", columns, tuple(rows))
 
 
-def _cost(known: Architecture, *, student: bool = True) -> tuple[str, str, str, str]:
-    model = known.student if student else known.teacher
-    calls = f"{model.steps} × {model.passes}" if model.calls else NONE
-    return f"{model.parameters:,}", large(model.macs), calls, large(model.image_macs) if model.image_macs else NONE
+def _cost(model: Model | None) -> tuple[str, str, str, str]:
+    if model is None:
+        return (NONE,) * 4
+    image = large(model.image_macs) if model.image_macs else NONE
+    return f"{model.parameters:,}", large(model.macs), model.calls_text, image
 
 
 def _gallery(files: Sequence[Files], embedded: Embedded) -> Gallery | None:

@@ -7,17 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
+from typing import TypeVar
 
 from markupsafe import Markup, escape
 
 from bkd.report.scale import Scale, short
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 210, 52, 10, 12, 26
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 210, 52, 18, 12, 26
 WINDOW = 0.05
 """Share of the points that each point of the mean averages."""
 MAX_DRAWN, MAX_ASKED = 500, 160
 """Points of a curve that are drawn, and that a reader can ask the value of."""
 Point = tuple[float, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ class Chart:
         title: What is drawn.
         series: The curves; those with the same label are pieces of one.
         logarithmic: Whether values vary over decades, as losses do.
+        end: Where the axis of steps ends.
         stages: Steps at which a stage begins.
     """
 
     title: str
     series: tuple[Series, ...]
     logarithmic: bool
+    end: float
     stages: tuple[float, ...] = ()
 
     @property
@@ -76,14 +80,16 @@ class Chart:
         return next(iter(ends.values())) if len(ends) == 1 else ", ".join(f"{k} {v}" for k, v in ends.items())
 
 
-def chart(title: str, series: Sequence[Series], *, logarithmic: bool, stages: Sequence[float] = ()) -> Chart | None:
+def chart(
+    title: str, series: Sequence[Series], *, logarithmic: bool, end: float, stages: Sequence[float] = ()
+) -> Chart | None:
     """A chart of what can be drawn: finite values, positive ones on a logarithmic axis; None where nothing can."""
     usable = [
         Series(one.label, one.color, points, one.noisy)
         for one in series
         if (points := tuple((x, y) for x, y in one.points if math.isfinite(y) and (y > 0 or not logarithmic)))
     ]
-    return Chart(title, tuple(usable), logarithmic, tuple(stages)) if usable else None
+    return Chart(title, tuple(usable), logarithmic, end, tuple(stages)) if usable else None
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,9 @@ class Plot:
     @classmethod
     def of(cls, chart: Chart) -> Plot:
         points = [point for series in chart.series for point in series.points]
-        steps = Scale.around([0.0, *(step for step, _ in points)])
-        return cls(steps, Scale.around((value for _, value in points), logarithmic=chart.logarithmic))
+        return cls(
+            Scale.around([0.0, chart.end]), Scale.around((value for _, value in points), logarithmic=chart.logarithmic)
+        )
 
     def x(self, step: float) -> float:
         return round(LEFT + (WIDTH - LEFT - RIGHT) * self.across.place(step), 1)
@@ -121,7 +128,9 @@ def chart_svg(chart: Chart) -> Markup:
         if series.noisy:
             lines.append(plot.line(_thinned(series.points), f"raw s{series.color}"))
         lines.append(plot.line(_every(series.mean, MAX_DRAWN), f"mean s{series.color}"))
-    return Markup("".join([*lines, f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>']))
+    return Markup(
+        "".join([*lines, f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'])
+    )
 
 
 def asked(chart: Chart) -> list[dict[str, object]]:
@@ -148,7 +157,7 @@ def _axes(plot: Plot, stages: Sequence[float]) -> Iterator[str]:
     yield f'<path d="M{LEFT},{bottom}H{right}" class="axis"/>'
 
 
-def _every(points: Sequence[Point] | Sequence[tuple[Point, Point]], limit: int) -> list:  # type: ignore[type-arg]
+def _every(points: Sequence[T], limit: int) -> list[T]:
     """At most so many of the points, evenly, with the first and the last."""
     if len(points) <= limit:
         return list(points)

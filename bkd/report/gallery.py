@@ -137,9 +137,7 @@ def sample_shots(run: RunFolder, titles: Sequence[str], limit: int = MAX_FRAMES)
         for stage, step, path in found
         if step < float("inf") or path.stat().st_mtime_ns >= ages[stage]
     )
-    return tuple(
-        Shot(path, _label(stage, step, titles), read_sheet(path)) for stage, step, path in _some(kept, limit)
-    )
+    return tuple(Shot(path, _label(stage, step, titles), read_sheet(path)) for stage, step, path in _some(kept, limit))
 
 
 def _label(stage: int, step: float, titles: Sequence[str]) -> str:
@@ -205,5 +203,6 @@ def strip(shots: Sequence[tuple[str, Shot]], embedded: Embedded) -> Gallery | No
             for row, name in ((0, sheet.models[0]), (len(sheet.models) - 1, label)):
                 picture = embedded.add(sheet.take(whole, row, sheet.prompts.index(prompt)))
                 if row or picture not in [tile.picture for tile in beside[number]]:
-                    beside[number].append(Tile(name, picture, (sheet.side, sheet.side)))
-    return Gallery("The same prompts and noise", "", tuple(shared), (Frame("", tuple(map(tuple, beside))),))
+                    of = f" of {label}" if not row and beside[number] else ""
+                    beside[number].append(Tile(name + of, picture, (sheet.side, sheet.side)))
+    return Gallery("Last model of each run", "", tuple(shared), (Frame("", tuple(map(tuple, beside))),))

@@ -47,12 +47,14 @@ class Measurement:
         note: How to read it; and which models were drawn otherwise.
         charts: Values with their intervals.
         tables: All figures.
+        skipped: What could not be measured, and why.
         environment: Device and versions.
     """
 
     title: str
     conditions: str
     note: str
+    skipped: tuple[str, ...]
     charts: tuple[RowChart, ...]
     tables: tuple[Table, ...]
     environment: str
@@ -109,7 +111,7 @@ def headline(report: Report) -> Headline | None:
     if report["settings"]["suite"] == "shapes":
         split = report["settings"]["splits"][0]
         pair = [share(model["splits"][split]["accuracy"]) for model in (student, teacher)]
-        return Headline(f"captions right, {SPLIT_TITLES.get(split, split)}", *pair)
+        return Headline(f"Correct, {SPLIT_TITLES.get(split, split)}", *pair)
     for key, name in DISTANCES:
         if "skipped" not in teacher[key] and "skipped" not in student[key]:
             return Headline(name, *(f"{model[key]['value']:.4g}" for model in (student, teacher)))
@@ -127,14 +129,21 @@ def _measurements(report: Report) -> Iterator[Measurement]:
         charts = (_distance_chart(models, key, name) for key, name in DISTANCES)
         found = tuple(chart for chart in charts if chart)
         title = {"coco30k": "Captions of COCO", "prompts": "Your prompts"}.get(settings["suite"], settings["suite"])
-        yield Measurement(title, how, PROMPTS_NOTE + further, found, (_prompts_table(models),), environment)
+        named = [(name, model[key]) for model in models for key, name in DISTANCES]
+        named += [(f"closeness of {model['name']}", model["closeness"]) for model in models[1:]]
+        yield Measurement(
+            title, how, PROMPTS_NOTE + further, _skipped(named), found, (_prompts_table(models),), environment
+        )
         return
     for split in settings["splits"]:
         title = f"Caption accuracy, {SPLIT_TITLES.get(split, 'split ' + split)}"
         charts = (_accuracy_chart(models, split), _fid_chart(models, split))
         found = tuple(chart for chart in charts if chart)
         tables = (_shapes_table(models, split), _attributes_table(models, split))
-        yield Measurement(title, f"split {split}: {how}", SHAPES_NOTE + further, found, tables, environment)
+        named = [("shapes-FID", model["splits"][split]["shapes_fid"]) for model in models]
+        yield Measurement(
+            title, f"split {split}: {how}", SHAPES_NOTE + further, _skipped(named), found, tables, environment
+        )
 
 
 def _accuracy_chart(models: Sequence[Report], split: str) -> RowChart | None:
@@ -161,7 +170,9 @@ def _estimated(found: Iterator[tuple[str, Report]]) -> Iterator[Row]:
     for color, (name, metric) in enumerate(found):
         if "skipped" not in metric:
             value, low, high = metric["value"], metric.get("low"), metric.get("high")
-            yield Row(name, color, value, value if low is None else low, value if high is None else high, f"{value:.4g}")
+            yield Row(
+                name, color, value, value if low is None else low, value if high is None else high, f"{value:.4g}"
+            )
 
 
 def _shapes_table(models: Sequence[Report], split: str) -> Table:
@@ -214,11 +225,16 @@ def _cost(model: Report) -> tuple[str, str, str]:
 
 
 def _estimate(metric: Report) -> str:
-    """A value, with its interval where it has one, or why there is none."""
+    """A value, with its interval where it has one; `_skipped` says why there is none."""
     if "skipped" in metric:
-        return f"skipped: {metric['skipped']}"
+        return "skipped"
     interval = "" if metric["low"] is None else f" ({metric['low']:.4g} to {metric['high']:.4g})"
     return f"{metric['value']:.4g}{interval}"
+
+
+def _skipped(named: Sequence[tuple[str, Report]]) -> tuple[str, ...]:
+    """Each reason once."""
+    return tuple(dict.fromkeys(f"{name}: {metric['skipped']}" for name, metric in named if "skipped" in metric))
 
 
 def _number(value: object) -> str:

@@ -57,7 +57,11 @@ def render(runs: Sequence[Path]) -> str:
     views = [view_run(files, embedded) for files in found]
     comparison = compare(views, embedded) if len(views) > 1 else None
     environment = Environment(
-        loader=PackageLoader("bkd.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("bkd.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"chart_svg": chart_svg, "asked": asked, "large": large}
     style, script = _inline("page.css"), _inline("page.js")

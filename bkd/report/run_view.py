@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE, load_plan
 
 SUITE_TITLES = {"shapes": "Captions of the embedded world", "prompts": "Your prompts", "coco30k": "Captions of COCO"}
+
+SMALL_CHANGE = 0.005
+"""Below this a count is shown, not its change."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class RunView:
     measurements: tuple[Measurement, ...]
     terms: tuple[Chart, ...]
     sites: tuple[Chart, ...]
-    architecture: Architecture | str
+    architecture: Architecture
     speed: SpeedView | None
     recipe: str
     command: str
@@ -161,12 +164,12 @@ def view_run(files: Files, embedded: Embedded) -> RunView:
     run = files.run
     samples = sample_gallery(files.samples, embedded, stages=len(files.stages))
     shown = [evaluation_gallery(SUITE_TITLES[suite], shot, embedded) for suite, shot in files.pictures.items()]
-    known = architecture(run)
+    known, reports = architecture(run), list(files.evaluations.values())
     return RunView(
         files=files,
-        cards=tuple(_cards(known, list(files.evaluations.values()))),
+        cards=tuple(_cards(known, reports)),
         galleries=tuple(gallery for gallery in (samples, *shown) if gallery),
-        measurements=measurements(list(files.evaluations.values())),
+        measurements=measurements(reports),
         terms=term_charts(files.training),
         sites=site_charts(files.training),
         architecture=known,
@@ -191,26 +194,26 @@ def _stages(run: RunFolder, facts: dict[str, Any]) -> tuple[Stage, ...]:
     )
 
 
-def _cards(known: Architecture | str, reports: Sequence[Report]) -> list[Card]:
-    cards = []
-    if isinstance(known, Architecture):
-        teacher, student = known.teacher, known.student
-        cards.append(_change("UNet parameters", teacher.parameters, student.parameters))
+def _cards(known: Architecture, reports: Sequence[Report]) -> Iterator[Card]:
+    teacher, student = known.teacher, known.student
+    if teacher and student:
+        yield _change("UNet parameters", teacher.parameters, student.parameters)
         if teacher.image_macs and student.image_macs:
-            cards.append(_change("UNet MACs an image", teacher.image_macs, student.image_macs))
-            calls = f"teacher: {teacher.steps} × {teacher.passes}" if teacher.calls != student.calls else "as the teacher"
-            cards.append(Card("UNet calls an image", f"{student.steps} × {student.passes}", calls))
+            yield _change("UNet MACs an image", teacher.image_macs, student.image_macs)
+            yield Card("UNet calls an image", student.calls_text, f"teacher: {teacher.calls_text}")
         else:
-            cards.append(_change("UNet MACs a pass", teacher.macs, student.macs))
+            yield _change("UNet MACs a pass", teacher.macs, student.macs)
+    elif student:
+        yield Card("UNet parameters", large(student.parameters), "teacher unknown")
+        yield Card("UNet calls an image", student.calls_text, "teacher unknown")
     found = next((line for report in reports if (line := headline(report))), None)
     if found:
-        cards.append(Card(found.name, found.student, f"teacher: {found.teacher}"))
-    return cards
+        yield Card(found.name, found.student, f"teacher: {found.teacher}")
 
 
 def _change(name: str, before: int, after: int) -> Card:
-    if before == after:
-        return Card(name, large(after), "as the teacher")
+    if abs(after / before - 1) < SMALL_CHANGE:
+        return Card(name, large(after), f"teacher: {large(before)}")
     sign = "−" if after < before else "+"
     return Card(name, f"{sign}{abs(1 - after / before):.1%}", f"{large(before)} → {large(after)}")
 

@@ -36,6 +36,11 @@ class Training:
         return tuple(float(sum(ends[:number])) for number in range(len(ends)))
 
     @property
+    def end(self) -> float:
+        """Steps done in all."""
+        return float(sum(stage[-1]["step"] for stage in self.lines if stage))
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of what was logged: the total, the terms, what else there is, sites last."""
         found = dict.fromkeys(name for stage in self.lines for line in stage for name in line)
@@ -69,7 +74,9 @@ def read_training(run: RunFolder, label: str, stages: int) -> Training:
         lines = read_metrics(run.metrics)
         whole = len([line for line in text.splitlines() if line.strip()]) - len(lines) <= 1
         by_stage = tuple(tuple(line for line in lines if line["stage"] == number) for number in range(stages))
-        numbers = (value for line in lines for name, value in line.items() if "loss" in name or name in (*FIRST, "step"))
+        numbers = (
+            value for line in lines for name, value in line.items() if "loss" in name or name in (*FIRST, "step")
+        )
         if not whole or not all(isinstance(value, (int, float, type(None))) for value in numbers):
             raise ValueError("a line that is no logged step")
         _ = [line["step"] + 0 for line in lines]
@@ -96,9 +103,9 @@ def site_charts(training: Training) -> tuple[Chart, ...]:
 
 
 def _charts(training: Training, names: Iterable[tuple[str, str]]) -> tuple[Chart, ...]:
-    stages = training.starts[1:]
+    stages = [start for start in training.starts if 0 < start < training.end]
     made = (
-        chart(title, training.series(name, title, 1), logarithmic=name not in LINEAR, stages=stages)
+        chart(title, training.series(name, title, 1), logarithmic=name not in LINEAR, end=training.end, stages=stages)
         for name, title in names
     )
     return tuple(found for found in made if found)
@@ -112,6 +119,7 @@ def overlaid(trainings: Sequence[Training]) -> tuple[Chart, ...]:
             name,
             [one for color, run in enumerate(trainings, 1) for one in run.series(name, run.label, color)],
             logarithmic=name not in LINEAR,
+            end=max(training.end for training in trainings),
         )
         for name in sorted(names, key=_rank)
     )
