@@ -7,7 +7,7 @@ checkpoints/<stage>/<step>/   of the stage that trains; of the last stage when a
 stages/<nn-name>/student/     students of all stages but the last
 student/             the final one, a stock pipeline folder
 adapter.safetensors  what trained of it, where it trained through adapters
-samples/  eval/  report.html
+samples/  eval/  eval/speed/speed.json (of `bkd bench speed RUN -o RUN/eval/speed`)  report.html
 run.lock             while a process works on it
 """
 
@@ -73,6 +73,11 @@ class RunFolder:
     @property
     def eval(self) -> Path:
         return self.path / "eval"
+
+    @property
+    def speed_file(self) -> Path:
+        """Where `bkd report` looks for a measurement of speed."""
+        return self.eval / "speed" / "speed.json"
 
     @property
     def evaluations(self) -> list[Path]:

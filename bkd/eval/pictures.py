@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bkd.eval.generate import generate
+from bkd.eval.sheet import GAP, Sheet
 from bkd.guidance import StudentKind
 from bkd.models import autocast
 from bkd.recipe.schema import Samples
@@ -20,8 +22,8 @@ from bkd.schedulers import scheduler_of
 MIN_TILE = 128
 """Small images are enlarged, by whole factors and without smoothing, to at least this side."""
 PIPELINE_SETTINGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")
-GAP = 8
 LINE = 14
+LABEL_GAP = 10
 
 
 def with_unet(
@@ -88,7 +90,7 @@ class ValidationPictures:
         ours = self._draw(with_unet(self._pipe, student, self._kind), self._kind, "student")
         drawn = {self._origin: self._teacher, "student": ours}
         path.parent.mkdir(parents=True, exist_ok=True)
-        side_by_side(drawn, self._samples.prompts).save(path)
+        save_side_by_side(path, drawn, self._samples.prompts)
 
     @property
     def wanted(self) -> bool:
@@ -116,29 +118,48 @@ class ValidationPictures:
                 part.to("cpu")
 
 
-def side_by_side(columns: dict[str, Tensor], prompts: Sequence[str]) -> Image.Image:
+def save_side_by_side(target: Path | BinaryIO, columns: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+    """`side_by_side` as a PNG file that says where its tiles lie.
+
+    Args:
+        target: The file, or where its bytes go.
+        columns: Model name -> (N, 3, H, W), uint8.
+        prompts: N texts.
+    """
+    side_by_side(columns, prompts).save(target, format="PNG", pnginfo=_sheet(columns, prompts).text())
+
+
+def _sheet(columns: Mapping[str, Tensor], prompts: Sequence[str]) -> Sheet:
+    side = next(iter(columns.values())).shape[-1]
+    left = GAP + LABEL_GAP + max(int(_font().getlength(name)) for name in columns)
+    return Sheet(tuple(columns), tuple(prompts), side, side * max(1, -(-MIN_TILE // side)), left)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=11)
+
+
+def side_by_side(columns: Mapping[str, Tensor], prompts: Sequence[str]) -> Image.Image:
     """One column per prompt, one row per model, the prompt beneath.
 
     Args:
         columns: Model name -> (N, 3, H, W), uint8.
         prompts: N texts.
     """
-    side = next(iter(columns.values())).shape[-1]
-    tile = side * max(1, -(-MIN_TILE // side))
-    font = ImageFont.load_default(size=11)
+    sheet, font = _sheet(columns, prompts), _font()
+    tile = sheet.tile
     captions = [textwrap.wrap(prompt, width=tile // 6) for prompt in prompts]
-    label_width = 10 + max(int(font.getlength(name)) for name in columns)
     footer = LINE * max(len(lines) for lines in captions) + GAP
-    size = (label_width + len(prompts) * (tile + GAP) + GAP, GAP + len(columns) * (tile + GAP) + footer)
+    right, bottom = sheet.corner(len(columns), len(prompts))
+    size = (right, bottom + footer)
     picture = Image.new("RGB", size, "#f4f4f2")
     draw = ImageDraw.Draw(picture)
     for row, (name, images) in enumerate(columns.items()):
-        top = GAP + row * (tile + GAP)
+        _, top = sheet.corner(row, 0)
         draw.text((6, top + tile // 2 - 6), name, fill="#222222", font=font)
         for column, image in enumerate(images):
             enlarged = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((tile, tile), Image.Resampling.NEAREST)
-            picture.paste(enlarged, (label_width + GAP + column * (tile + GAP), top))
+            picture.paste(enlarged, sheet.corner(row, column))
     for column, lines in enumerate(captions):
-        left, top = label_width + GAP + column * (tile + GAP), GAP + len(columns) * (tile + GAP)
-        draw.multiline_text((left, top), "\n".join(lines), fill="#444444", font=font, spacing=2)
+        draw.multiline_text(sheet.corner(len(columns), column), "\n".join(lines), fill="#444444", font=font, spacing=2)
     return picture

@@ -21,7 +21,7 @@ from bkd.eval.candidates import Named, load_candidate, name_candidates
 from bkd.eval.drawing import Drawing
 from bkd.eval.generate import block_size, draw
 from bkd.eval.images import IMAGE_FOLDER, ImageFolder
-from bkd.eval.pictures import side_by_side
+from bkd.eval.pictures import save_side_by_side
 from bkd.eval.suites import Suite
 from bkd.few_steps import few_steps
 from bkd.files import replace_file, require_writable, write_atomically
@@ -254,7 +254,7 @@ def _write(
     }
     if len({images.shape for images in first.values()}) == 1:
         with replace_file(evaluation.output / f"{evaluation.suite.name}.png") as stream:
-            side_by_side(first, prompts).save(stream, format="PNG")
+            save_side_by_side(stream, first, prompts)
     write_atomically(evaluation.report_file, json.dumps(report, indent=2) + "\n")
     for name in set(known.get("images", ())) - set(report["images"]) - _images_of_other_reports(evaluation):
         if IMAGE_FOLDER.fullmatch(name) and (folder := evaluation.output / "images" / name).is_dir():

@@ -1,61 +1,180 @@
-"""Curves as small SVG drawings: raw values faint, a moving mean on top."""
+"""Curves as small SVG drawings: raw values faint, a moving mean on top, and what a reader can ask of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean
+from typing import TypeVar
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 180, 56, 24, 8
+from bkd.report.scale import Scale, short
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 210, 52, 18, 12, 26
 WINDOW = 0.05
 """Share of the points that each point of the mean averages."""
+MAX_DRAWN, MAX_ASKED = 500, 160
+"""Points of a curve that are drawn, and that a reader can ask the value of."""
+Point = tuple[float, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Points (step, value); whether values vary over decades, as losses do; whether they are noisy."""
+class Series:
+    """One curve.
 
-    points: tuple[tuple[float, float], ...]
+    Attributes:
+        label: What it is of.
+        color: Number of the colour.
+        points: (step, value).
+        noisy: Whether a mean is drawn over it.
+    """
+
+    label: str
+    color: int
+    points: tuple[Point, ...]
+    noisy: bool = True
+
+    @property
+    def mean(self) -> tuple[Point, ...]:
+        """Of each point's neighbours on both sides, so that it does not lag behind."""
+        if not self.noisy:
+            return self.points
+        reach, values = max(1, round(len(self.points) * WINDOW / 2)), [value for _, value in self.points]
+        return tuple(
+            (step, fmean(values[max(0, index - reach) : index + reach + 1]))
+            for index, (step, _) in enumerate(self.points)
+        )
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Several curves over the same steps.
+
+    Attributes:
+        title: What is drawn.
+        series: The curves; those with the same label are pieces of one.
+        logarithmic: Whether values vary over decades, as losses do.
+        end: Where the axis of steps ends.
+        stages: Steps at which a stage begins.
+    """
+
+    title: str
+    series: tuple[Series, ...]
     logarithmic: bool
-    noisy: bool
+    end: float
+    stages: tuple[float, ...] = ()
+
+    @property
+    def legend(self) -> tuple[tuple[int, str], ...]:
+        """Colour and label of each curve."""
+        return tuple(dict.fromkeys((series.color, series.label) for series in self.series))
+
+    @property
+    def last(self) -> str:
+        """Where each curve ends, for those who cannot see it."""
+        ends = {series.label: short(series.mean[-1][1]) for series in self.series}
+        return next(iter(ends.values())) if len(ends) == 1 else ", ".join(f"{k} {v}" for k, v in ends.items())
 
 
-def curve_svg(curve: Curve) -> Markup:
-    """An SVG element; empty when there is nothing finite to draw."""
-    usable = [(x, y) for x, y in curve.points if math.isfinite(y) and (y > 0 or not curve.logarithmic)]
-    if not usable:
-        return Markup("")
-    scale = math.log10 if curve.logarithmic else float
-    low, high = min(y for _, y in usable), max(y for _, y in usable)
-    bottom, span = scale(low), (scale(high) - scale(low)) or 1.0
-    last = max(x for x, _ in usable) or 1.0
+def chart(
+    title: str, series: Sequence[Series], *, logarithmic: bool, end: float, stages: Sequence[float] = ()
+) -> Chart | None:
+    """A chart of what can be drawn: finite values, positive ones on a logarithmic axis; None where nothing can."""
+    usable = [
+        Series(one.label, one.color, points, one.noisy)
+        for one in series
+        if (points := tuple((x, y) for x, y in one.points if math.isfinite(y) and (y > 0 or not logarithmic)))
+    ]
+    return Chart(title, tuple(usable), logarithmic, end, tuple(stages)) if usable else None
 
-    def place(x: float, y: float) -> str:
-        across = LEFT + (WIDTH - LEFT - 8) * x / last
-        down = TOP + (HEIGHT - TOP - BOTTOM) * (1 - (scale(y) - bottom) / span)
-        return f"{across:.1f},{down:.1f}"
 
-    raw = " ".join(place(x, y) for x, y in usable)
-    mean = " ".join(place(x, y) for x, y in (_moving_mean(usable) if curve.noisy else usable))
-    axis = HEIGHT - BOTTOM
+@dataclass(frozen=True)
+class Plot:
+    """A chart's axes, in the drawing's coordinates."""
+
+    across: Scale
+    up: Scale
+
+    @classmethod
+    def of(cls, chart: Chart) -> Plot:
+        points = [point for series in chart.series for point in series.points]
+        return cls(
+            Scale.around([0.0, chart.end]), Scale.around((value for _, value in points), logarithmic=chart.logarithmic)
+        )
+
+    def x(self, step: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * self.across.place(step), 1)
+
+    def y(self, value: float) -> float:
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - self.up.place(value)), 1)
+
+    def line(self, points: Sequence[Point], style: str) -> str:
+        places = " ".join(f"{self.x(step)},{self.y(value)}" for step, value in points)
+        return f'<polyline points="{places}" class="{style}"/>'
+
+
+def chart_svg(chart: Chart) -> Markup:
+    """An SVG element."""
+    plot = Plot.of(chart)
+    lines = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}: ends at {escape(chart.last)}">',
+        *_axes(plot, chart.stages),
+    ]
+    for series in chart.series:
+        if series.noisy:
+            lines.append(plot.line(_thinned(series.points), f"raw s{series.color}"))
+        lines.append(plot.line(_every(series.mean, MAX_DRAWN), f"mean s{series.color}"))
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
-        f'<path d="M{LEFT},{TOP}V{axis}H{WIDTH - 8}" class="axis"/>'
-        f'<text x="{LEFT - 6}" y="{TOP + 8}" class="tick end">{high:.3g}</text>'
-        f'<text x="{LEFT - 6}" y="{axis}" class="tick end">{low:.3g}</text>'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}" class="tick">0</text>'
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" class="tick end">step {last:,.0f}</text>'
-        f'<polyline points="{raw}" class="raw"/><polyline points="{mean}" class="mean"/></svg>'
+        "".join([*lines, f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'])
     )
 
 
-def _moving_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The mean of each point's neighbours on both sides, so that it does not lag behind."""
-    reach = max(1, round(len(points) * WINDOW / 2))
-    return [
-        (x, fmean(y for _, y in points[max(0, index - reach) : index + reach + 1]))
-        for index, (x, _) in enumerate(points)
-    ]
+def asked(chart: Chart) -> list[dict[str, object]]:
+    """What a reader can ask: for each curve its label and colour, and [x in the drawing, step, mean, raw value]."""
+    plot = Plot.of(chart)
+    found = []
+    for series in chart.series:
+        both = list(zip(series.points, series.mean, strict=True))
+        points = [[plot.x(step), step, short(mean), short(raw)] for (step, raw), (_, mean) in _every(both, MAX_ASKED)]
+        found.append({"label": series.label, "color": series.color, "noisy": series.noisy, "points": points})
+    return found
+
+
+def _axes(plot: Plot, stages: Sequence[float]) -> Iterator[str]:
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    for value in plot.up.ticks():
+        y = plot.y(value)
+        yield f'<path d="M{LEFT},{y}H{right}" class="grid"/>'
+        yield f'<text x="{LEFT - 7}" y="{y + 4:.1f}" class="tick end">{short(value)}</text>'
+    for step in plot.across.ticks():
+        yield f'<text x="{plot.x(step)}" y="{HEIGHT - 8}" class="tick middle">{step:,.0f}</text>'
+    for step in stages:
+        yield f'<path d="M{plot.x(step)},{TOP}V{bottom}" class="stage"/>'
+    yield f'<path d="M{LEFT},{bottom}H{right}" class="axis"/>'
+
+
+def _every(points: Sequence[T], limit: int) -> list[T]:
+    """At most so many of the points, evenly, with the first and the last."""
+    if len(points) <= limit:
+        return list(points)
+    return [points[round(number * (len(points) - 1) / (limit - 1))] for number in range(limit)]
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """At most so many points that every peak stays: the least and the greatest of each group of neighbours."""
+    if len(points) <= MAX_DRAWN:
+        return list(points)
+    groups = groupby(enumerate(points), key=lambda pair: pair[0] * (MAX_DRAWN // 2) // len(points))
+    kept: list[Point] = []
+    for _, group in groups:
+        members = [point for _, point in group]
+        kept += sorted({min(members, key=_value), max(members, key=_value)})
+    return kept
+
+
+def _value(point: Point) -> float:
+    return point[1]

@@ -1,34 +1,27 @@
-"""One self-contained HTML page for one run or several: pictures, curves, tables, and the command that made them."""
+"""One self-contained HTML page for one run or several; what it shows is data, and none of it can run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from bkd.errors import OutputError
-from bkd.eval.drawing import Drawing
-from bkd.eval.shown import NONE, SPLIT_TITLES, own_samplers, relative, share
-from bkd.files import write_atomically
-from bkd.model_folder import read_json
-from bkd.report.stages import StageView, data_url, stage_views
-from bkd.run_folder import RunFolder
+from bkd.eval.shown import NONE
+from bkd.files import require_writable, write_atomically
+from bkd.report.comparison import compare
+from bkd.report.curves import asked, chart_svg
+from bkd.report.embedded import Embedded
+from bkd.report.gallery import MAX_FRAMES
+from bkd.report.run_view import large, read_files, view_run
 
-
-@dataclass(frozen=True)
-class RunView:
-    """What the page shows of one run."""
-
-    name: str
-    facts: dict[str, Any]
-    stages: tuple[StageView, ...]
-    recipe: str
-    command: str
-    pictures: tuple[tuple[str, str], ...]
-    evaluations: tuple[dict[str, Any], ...]
+SUFFIXES = (".html", ".htm")
 
 
 def write_report(runs: Sequence[Path], output: Path) -> Path:
@@ -39,65 +32,63 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         output: The HTML file, replaced when it exists, or a folder for `report.html`.
 
     Raises:
-        OutputError: If a folder is not a run.
+        BkdError: If a folder is not a run, a file in it is damaged, or the page cannot be written there.
     """
     if output.is_dir():
         output = output / "report.html"
-    views = [_view(RunFolder(path)) for path in runs]
-    environment = Environment(loader=PackageLoader("bkd.report"), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"percent": "{:.1%}".format, "share": share, "relative": relative}
-    environment.filters |= {"estimate": _estimate, "number": _number}
-    page = environment.get_template("report.html").render(runs=views, split_titles=SPLIT_TITLES)
-    write_atomically(output, page)
+    if output.suffix.lower() not in SUFFIXES:
+        raise OutputError("the page is an .html file", where=output, remedy="choose another -o")
+    require_writable(output.parent)
+    write_atomically(output, render(runs))
     return output
 
 
-def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else NONE
+def render(runs: Sequence[Path]) -> str:
+    """The page's text.
 
-
-def _estimate(metric: Mapping[str, Any]) -> str:
-    """A value, with its interval where it has one, or why there is none."""
-    if "skipped" in metric:
-        return f"skipped: {metric['skipped']}"
-    interval = "" if metric["low"] is None else f" ({metric['low']:.4g} to {metric['high']:.4g})"
-    return f"{metric['value']:.4g}{interval}"
-
-
-def _view(run: RunFolder) -> RunView:
-    if not run.facts_file.is_file():
-        raise OutputError(
-            "not a run folder", where=run.path, got="no run.json", remedy="name a folder that bkd train made"
-        )
-    return RunView(
-        name=run.path.name,
-        facts=run.facts(),
-        stages=stage_views(run),
-        recipe=run.recipe_file.read_text(),
-        command=str(run.facts().get("command", f"bkd train {run.recipe_file.name}")),
-        pictures=_pictures(run),
-        evaluations=tuple(_evaluation(path) for path in run.evaluations),
+    Args:
+        runs: As for `write_report`.
+    """
+    if len({path.resolve() for path in runs}) < len(runs):
+        raise OutputError("the same run is named twice", got=", ".join(map(str, runs)), remedy="name each run once")
+    frames = max(2, MAX_FRAMES // len(runs))
+    found = [read_files(path, label, frames) for path, label in zip(runs, _labels(runs), strict=True)]
+    embedded = Embedded(sum(files.num_pictures for files in found))
+    views = [view_run(files, embedded) for files in found]
+    comparison = compare(views, embedded) if len(views) > 1 else None
+    environment = Environment(
+        loader=PackageLoader("bkd.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"chart_svg": chart_svg, "asked": asked, "large": large}
+    style, script = _inline("page.css"), _inline("page.js")
+    return environment.get_template("report.html").render(
+        runs=views,
+        comparison=comparison,
+        embedded=embedded,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        none=NONE,
     )
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    try:
-        how, whole = str(Drawing(**found["settings"]["drawing"])), "num_inference_steps" in found["models"][0]
-    except (LookupError, TypeError):
-        how, whole = "", False
-    if not whole:
-        raise OutputError(
-            "this measurement is of another version", where=path, remedy=f"bkd eval {path.parent.parent} --overwrite"
-        )
-    return {**found, "how": how, "own_samplers": own_samplers(found)}
+def _labels(runs: Sequence[Path]) -> list[str]:
+    """The name of each folder, or all of its path where two have the same."""
+    names = [path.resolve().name for path in runs]
+    count = Counter(names)
+    return [name if count[name] == 1 else str(path) for name, path in zip(names, runs, strict=True)]
 
 
-def _pictures(run: RunFolder) -> tuple[tuple[str, str], ...]:
-    """Those of evaluations, as data URLs."""
-    titles = {
-        "shapes": "evaluation prompts, same noise for every model",
-        "prompts": "your prompts, same noise",
-        "coco30k": "prompts of COCO, same noise",
-    }
-    return tuple((titles[path.stem], data_url(path)) for path in sorted(run.eval.glob("*.png")) if path.stem in titles)
+def _inline(name: str) -> Markup:
+    """A file of ours, for a block of its own in the page."""
+    return Markup((resources.files("bkd.report") / "templates" / name).read_text(encoding="utf-8"))
+
+
+def _hash(block: str) -> str:
+    """As Content-Security-Policy names an inline block."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()

@@ -1,0 +1,93 @@
+"""What the page shows of several runs beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bkd.eval.shown import NONE
+from bkd.report.architecture import Model
+from bkd.report.curves import Chart
+from bkd.report.embedded import Embedded
+from bkd.report.gallery import Gallery, Shot, strip
+from bkd.report.measurements import Measurement, Table, measurements
+from bkd.report.run_view import SUITE_TITLES, Files, RunView, large
+from bkd.report.speed_view import SpeedReport, view_speed
+from bkd.report.training import overlaid
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs.
+
+    Attributes:
+        costs: What each run's student costs.
+        gallery: One strip of the prompts that they share.
+        measurements: Evaluations of the same conditions, together.
+        terms: Loss curves, each run a colour.
+        speed: Those that were measured on the same device and alike, together.
+    """
+
+    costs: Table
+    gallery: Gallery | None
+    measurements: tuple[Measurement, ...]
+    terms: tuple[Chart, ...]
+    speed: tuple[SpeedView, ...]
+
+
+def compare(views: Sequence[RunView], embedded: Embedded) -> Comparison:
+    """Of at least two runs."""
+    files = [view.files for view in views]
+    return Comparison(
+        costs=_costs(views),
+        gallery=_gallery(files, embedded),
+        measurements=measurements([report for each in files for report in each.evaluations.values()]),
+        terms=overlaid([each.training for each in files]),
+        speed=tuple(view_speed(report) for report in _speeds(files)),
+    )
+
+
+def _costs(views: Sequence[RunView]) -> Table:
+    columns = ("run", "UNet parameters", "MACs a pass", "UNet calls", "MACs an image", "training steps", "training")
+    teacher = next((view.architecture.teacher for view in views if view.architecture.teacher), None)
+    rows = [("teacher", *_cost(teacher), NONE, NONE)] if teacher else []
+    for view in views:
+        steps = sum(stage.steps for stage in view.files.stages)
+        seconds = sum(stage.seconds for stage in view.files.stages)
+        trained = f"{seconds:,.0f} s" if seconds else NONE
+        rows.append((view.label, *_cost(view.architecture.student), f"{steps:,}", trained))
+    return Table("Side by side", columns, tuple(rows))
+
+
+def _cost(model: Model | None) -> tuple[str, str, str, str]:
+    if model is None:
+        return (NONE,) * 4
+    image = large(model.image_macs) if model.image_macs else NONE
+    return f"{model.parameters:,}", large(model.macs), model.calls_text, image
+
+
+def _gallery(files: Sequence[Files], embedded: Embedded) -> Gallery | None:
+    """Of the first suite that all were measured by on the same noise; else of their last validation pictures."""
+    for suite in SUITE_TITLES:
+        shots = [(each.label, each.pictures[suite]) for each in files if suite in each.pictures]
+        drawn = [each.evaluations[suite]["settings"]["drawing"] for each in files if suite in each.evaluations]
+        noise = {(how["seed"], how["rng"]) for how in drawn}
+        if len(shots) == len(files) == len(drawn) and len(noise) == 1 and (found := strip(shots, embedded)):
+            return found
+    last: list[tuple[str, Shot]] = [(each.label, each.samples[-1]) for each in files if each.samples]
+    return strip(last, embedded) if last else None
+
+
+def _speeds(files: Sequence[Files]) -> list[SpeedReport]:
+    """Measurements of speed; those of the same device, versions and settings as one, the first model of each once."""
+    merged: list[dict[str, Any]] = []
+    for report in (each.speed for each in files if each.speed):
+        alike = ("device", "versions", "settings")
+        same = next((known for known in merged if all(known[key] == report[key] for key in alike)), None)
+        if same is None:
+            merged.append(dict(report))
+        else:
+            names = {model["name"] for model in same["models"]}
+            same["models"] = [*same["models"], *(model for model in report["models"] if model["name"] not in names)]
+    return list(merged)

@@ -1,0 +1,80 @@
+"""Pictures inside the page: each one once, small ones as they are, large ones within a budget."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+
+from PIL import Image
+
+BUDGET = 10_000_000
+"""Bytes of all pictures; base64 makes four of three, and the page is to stay under 15 MB."""
+LOSSLESS_SIDE = 128
+"""Pictures up to this side are kept exactly, where there is room."""
+QUALITIES = ((92, 1024), (85, 768), (80, 640), (75, 512), (65, 384), (50, 256), (30, 192))
+"""Quality of WebP and longest side, from what is wished for to what always has room."""
+
+
+class Embedded:
+    """The pictures of a page, by the digest of their pixels.
+
+    Args:
+        count: How many will be added at most; they share the budget equally.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._allowance = BUDGET // max(count, 1)
+        self._files: dict[str, bytes] = {}
+        self._shown: set[str] = set()
+        self.reduced = 0
+
+    def add(self, picture: Image.Image) -> str:
+        """Keep a picture; the same pixels are kept once.
+
+        Args:
+            picture: RGB.
+
+        Returns:
+            What `source` and the page's script know it by.
+        """
+        digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:16]
+        if digest not in self._files:
+            self._files[digest], exact = _encoded(picture, self._allowance)
+            self.reduced += not exact
+        return digest
+
+    def source(self, digest: str) -> str | None:
+        """Its address, the first time; None when the page has it already, and its script copies it from there."""
+        if digest in self._shown:
+            return None
+        self._shown.add(digest)
+        return self._url(digest)
+
+    def hidden(self) -> dict[str, str]:
+        """Addresses of those that the page does not show at first."""
+        return {digest: self._url(digest) for digest in self._files if digest not in self._shown}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _url(self, digest: str) -> str:
+        return "data:image/webp;base64," + base64.b64encode(self._files[digest]).decode()
+
+
+def _encoded(picture: Image.Image, allowance: int) -> tuple[bytes, bool]:
+    """A WebP file of at most so many bytes, the last of `QUALITIES` excepted; and whether it is exact."""
+    if max(picture.size) <= LOSSLESS_SIDE and len(found := _webp(picture, lossless=True)) <= allowance:
+        return found, True
+    for quality, side in QUALITIES:
+        smaller = picture.copy()
+        smaller.thumbnail((side, side), Image.Resampling.LANCZOS)
+        if len(found := _webp(smaller, quality=quality)) <= allowance:
+            break
+    return found, False
+
+
+def _webp(picture: Image.Image, **settings: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format="WEBP", method=4, **settings)
+    return stream.getvalue()

@@ -1,0 +1,90 @@
+"""Speed and memory of a run, as `bkd bench speed RUN -o RUN/eval/speed` measured them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bkd.errors import OutputError
+from bkd.model_folder import read_json
+from bkd.report.rows import Row, RowChart, row_chart
+from bkd.report.scale import short
+from bkd.run_folder import RunFolder
+
+SpeedReport = Mapping[str, Any]
+"""As `bench_speed` returned it."""
+
+
+@dataclass(frozen=True)
+class SpeedView:
+    """What the page shows of it.
+
+    Attributes:
+        conditions: Device and versions.
+        charts: Seconds and peak memory of each kind of call.
+    """
+
+    conditions: str
+    charts: tuple[RowChart, ...]
+
+
+def read_speed(run: RunFolder) -> SpeedReport | None:
+    """What was measured; None where nothing was.
+
+    Raises:
+        OutputError: If the file is damaged.
+    """
+    path = run.speed_file
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    try:
+        view_speed(found)
+        _ = found["settings"]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise OutputError(
+            "this is no measurement of speed",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+            remedy=f"bkd bench speed {run.path} -o {path.parent} --overwrite",
+        ) from None
+    return found
+
+
+def view_speed(report: SpeedReport) -> SpeedView:
+    """Charts of a report of `bench_speed`."""
+    versions, models = report["versions"], report["models"]
+    cases = list(models[0]["cases"])
+    charts = [*(_seconds(models, case) for case in cases), *(_memory(models, case) for case in cases)]
+    conditions = f"{report['device']} · torch {versions['torch']} · diffusers {versions['diffusers']}"
+    return SpeedView(conditions, tuple(chart for chart in charts if chart))
+
+
+def _seconds(models: list[Mapping[str, Any]], name: str) -> RowChart | None:
+    rows = [
+        Row(model["name"], place, case["median_s"], case["median_s"], case["p90_s"], _timed(case, place))
+        for place, model, case in _cases(models, name)
+        if "median_s" in case
+    ]
+    return row_chart(f"Seconds: {name}", "median; whisker to the 90th percentile", rows, bars=True)
+
+
+def _timed(case: Mapping[str, Any], place: int) -> str:
+    return f"{short(case['median_s'])} s" + (f" ({case['speed_up']:.2f} ×)" if place else "")
+
+
+def _memory(models: list[Mapping[str, Any]], name: str) -> RowChart | None:
+    rows = []
+    for place, model, case in _cases(models, name):
+        memory = case.get("memory", {})
+        if "peak_bytes" in memory:
+            gib = memory["peak_bytes"] / 2**30
+            rows.append(Row(model["name"], place, gib, gib, gib, f"{gib:.2f} GiB"))
+    return row_chart(f"Peak memory: {name}", "of the device, or on a CPU of the whole process", rows, bars=True)
+
+
+def _cases(models: list[Mapping[str, Any]], name: str) -> Iterator[tuple[int, Mapping[str, Any], Mapping[str, Any]]]:
+    for place, model in enumerate(models):
+        if name in model["cases"]:
+            yield place, model, model["cases"][name]
