@@ -21,7 +21,7 @@ from bkd.progress import Progress, silent
 from bkd.surgery.anatomy import Anatomy, read_anatomy
 from bkd.surgery.budget import CostMap, cost_map, parse_budget
 from bkd.surgery.choose import choose, scorable_removals
-from bkd.surgery.diagram import diagram_svg
+from bkd.surgery.diagram import diagram
 from bkd.surgery.options import complete
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.score import OutputChange
@@ -152,8 +152,8 @@ def write_importance(folder: Path, teacher: Path, selection: Selection) -> None:
         f"relative output change: {selection.predicted:.2g} predicted, {selection.measured:.2g} measured "
         f"on {selection.num_samples} samples"
     )
-    picture = diagram_svg(anatomy, kept, shorten(title, 90), subtitle=subtitle, scores=_unit_scores(selection.scores))
-    (folder / PICTURE_FILE).write_text(picture)
+    picture = diagram(anatomy, kept, shorten(title, 90), subtitle=subtitle, scores=_unit_scores(selection.scores))
+    (folder / PICTURE_FILE).write_text(picture.svg())
 
 
 def _unit_scores(scores: Sequence[Score]) -> dict[Unit, float]:

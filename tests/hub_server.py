@@ -76,8 +76,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((self.command, path))
             fault = next(
-                (waiting.pop(0) for (method, pattern), waiting in self.server.faults.items()
-                 if waiting and method == self.command and re.search(pattern, path)), None,
+                (
+                    waiting.pop(0)
+                    for (method, pattern), waiting in self.server.faults.items()
+                    if waiting and method == self.command and re.search(pattern, path)
+                ),
+                None,
             )
         self.silent = fault == "cut after"  # what was asked for is done, and nobody hears of it
         if isinstance(fault, int):
@@ -136,7 +140,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self):
         wish = json.loads(self.body)
-        repo, repos = f"{wish.get('organization') or 'ada'}/{wish['name']}", self.server.repos[wish.get("type", "model")]
+        repo, repos = (
+            f"{wish.get('organization') or 'ada'}/{wish['name']}",
+            self.server.repos[wish.get("type", "model")],
+        )
         if self.role != "write" or not repo.startswith("ada/"):
             return self.refuse(403, "You don't have the rights to create a model under this namespace")
         if repo in repos:
@@ -160,7 +167,11 @@ class Handler(BaseHTTPRequestHandler):
             for name, content in found.files(revision).items():
                 entry = {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
                 if len(content) >= LARGE:
-                    entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                    entry["lfs"] = {
+                        "oid": hashlib.sha256(content).hexdigest(),
+                        "size": len(content),
+                        "pointerSize": 130,
+                    }
                 listed.append(entry)
             self.answer(listed)
 
@@ -179,7 +190,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.find(repo) is None:
             return
         files = json.loads(self.body)["files"]
-        modes = [{"path": f["path"], "uploadMode": "lfs" if f["size"] >= LARGE else "regular", "shouldIgnore": False} for f in files]
+        modes = [
+            {"path": f["path"], "uploadMode": "lfs" if f["size"] >= LARGE else "regular", "shouldIgnore": False}
+            for f in files
+        ]
         self.answer({"files": modes})
 
     def batch(self, repo):

@@ -11,7 +11,7 @@ from architectures import SD1, SDXL
 
 from bkd.surgery.anatomy import read_anatomy
 from bkd.surgery.build import build_empty
-from bkd.surgery.diagram import diagram_svg
+from bkd.surgery.diagram import diagram
 from bkd.surgery.presets import ALIASES, PRESETS, preset_layout
 from bkd.surgery.unet import plan_removal
 
@@ -29,13 +29,13 @@ def main() -> None:
             for plan in (None, plan_removal(config, name))
         )
         known = ", ".join([name, *(alias for alias, preset in ALIASES.items() if preset == name)])
-        svg = diagram_svg(
+        drawing = diagram(
             anatomy,
             preset_layout(anatomy, name),
             f"{known}: {preset.summary}",
             subtitle=f"{family}: {before:,} → {after:,} UNet parameters",
         )
-        (IMAGES / f"{name}.svg").write_text(svg)
+        (IMAGES / f"{name}.svg").write_text(drawing.svg())
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def push(
         console.print(f"nothing was sent; without --dry-run it goes to {repo}")
         return
     pushed = Push(target, files, message or f"Upload {folder.name} with bkd", console.print).run()
-    console.print(f"{counted(len(pushed.changed), 'file')} sent, {pushed.unchanged} unchanged, {len(pushed.removed)} removed")
+    console.print(
+        f"{counted(len(pushed.changed), 'file')} sent, {pushed.unchanged} unchanged, {len(pushed.removed)} removed"
+    )
     console.print(f"done: {pushed.url}")
 
 

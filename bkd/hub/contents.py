@@ -39,7 +39,9 @@ class RepoFile:
 
     def sha256(self) -> str:
         """How the Hub knows a large file."""
-        return hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else file_digest(self.content)
+        return (
+            hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else file_digest(self.content)
+        )
 
     def blob_id(self) -> str:
         """How git knows a small one."""

@@ -113,7 +113,10 @@ class Push:
         self._ask("signing in", self._require_write_access)
         self._ask("looking for the repository", self._make_repo)
         if target.revision and not target.pull_request and not target.revision.startswith("refs/"):
-            self._ask("making the branch", lambda: self._api.create_branch(target.repo, branch=str(target.revision), exist_ok=True))
+            self._ask(
+                "making the branch",
+                lambda: self._api.create_branch(target.repo, branch=str(target.revision), exist_ok=True),
+            )
         return self._commit()
 
     def _require_write_access(self) -> None:
@@ -142,12 +145,14 @@ class Push:
             if self._api.repo_exists(target.repo, repo_type=kind):
                 raise HubError(f"that name is a {kind}, not a model", where=target.repo, remedy="choose another --repo")
         if target.pull_request:
-            raise HubError("there is no such repository to propose a change to", where=target.repo, remedy="leave --pr out")
+            raise HubError(
+                "there is no such repository to propose a change to", where=target.repo, remedy="leave --pr out"
+            )
         self._api.create_repo(target.repo, private=target.private, exist_ok=True)
 
     def _commit(self) -> Pushed:
         """Send what differs until the Hub has it, and never twice."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
         target = self._target
         for attempt in range(TRIES):
@@ -158,7 +163,7 @@ class Push:
                 url = f"{self._api.endpoint}/{target.repo}/tree/{target.revision or 'main'}"
                 return Pushed(url, (), (), unchanged)
             self._phase(f"uploading {len(changed)} files, {sum(file.size for file in changed) / 2**20:,.1f} MiB")
-            operations = [
+            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
                 *(CommitOperationAdd(file.name, file.content) for file in changed),
                 *(CommitOperationDelete(name) for name in removed),
             ]
@@ -176,8 +181,8 @@ class Push:
                     raise self._explained(error, "uploading") from error
                 self._wait(attempt, error)
             else:
-                url = made.pr_url if target.pull_request else made.commit_url
-                return Pushed(str(url), tuple(file.name for file in changed), tuple(removed), unchanged)
+                where = made.pr_url if target.pull_request else made.commit_url
+                return Pushed(str(where), tuple(file.name for file in changed), tuple(removed), unchanged)
         raise AssertionError("the last attempt returns or raises")
 
     def _head(self) -> tuple[str, dict[str, str]]:
@@ -187,7 +192,9 @@ class Push:
         target = self._target
         head = self._api.repo_info(target.repo, revision=target.revision).sha
         listed = self._api.list_repo_tree(target.repo, recursive=True, revision=head)
-        files = {each.path: each.lfs.sha256 if each.lfs else each.blob_id for each in listed if isinstance(each, Listed)}
+        files = {
+            each.path: each.lfs.sha256 if each.lfs else each.blob_id for each in listed if isinstance(each, Listed)
+        }
         return str(head), files
 
     def _may_repeat(self, error: Exception) -> bool:
@@ -241,7 +248,9 @@ def differences(files: Sequence[RepoFile], there: dict[str, str]) -> tuple[list[
     changed = [file for file in files if there.get(file.name) not in _ids(file, there)]
     ours = {file.name for file in files}
     folders = {PurePosixPath(name).parts[0] for name in ours if "/" in name}
-    removed = sorted(name for name in there if name not in ours and PurePosixPath(name).parts[0] in folders and "/" in name)
+    removed = sorted(
+        name for name in there if name not in ours and PurePosixPath(name).parts[0] in folders and "/" in name
+    )
     return changed, removed
 
 

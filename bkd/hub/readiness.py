@@ -43,9 +43,7 @@ def shortcomings(folder: Path, make_card: str) -> list[HubError]:
     found = []
     if not known.get("license"):
         found.append(
-            HubError(
-                "the card names no licence", where=card, remedy=f"{make_card} --license ID --overwrite; {ANYWAY}"
-            )
+            HubError("the card names no licence", where=card, remedy=f"{make_card} --license ID --overwrite; {ANYWAY}")
         )
     if not known.get("model-index"):
         found.append(
@@ -57,9 +55,7 @@ def shortcomings(folder: Path, make_card: str) -> list[HubError]:
         )
     if known.get(DIGEST_KEY) not in (None, model_digest(folder)):
         found.append(
-            HubError(
-                "the card was written for other weights", where=card, remedy=f"{make_card} --overwrite; {ANYWAY}"
-            )
+            HubError("the card was written for other weights", where=card, remedy=f"{make_card} --overwrite; {ANYWAY}")
         )
     return found
 
@@ -75,4 +71,6 @@ def read_card(card: Path) -> dict[str, Any]:
     try:
         return metadata_load(card) or {}
     except Exception as error:  # of YAML, of the client, of the text's encoding
-        raise HubError("the head of the model card cannot be read", where=card, got=str(error).splitlines()[0]) from error
+        raise HubError(
+            "the head of the model card cannot be read", where=card, got=str(error).splitlines()[0]
+        ) from error

@@ -1,6 +1,6 @@
 """What the Hub answers when it refuses, and what a broken connection means, in words that say what to do.
 
-Messages of the client quote addresses, and those of uploads are signed: whoever has one can use it. So none is passed on.
+Messages of the client quote addresses, and those of uploads are signed: whoever has one can use it. None is passed on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AGAIN = "the same command again: what has arrived is kept, and the repository sh
 
 def answer_of(error: BaseException) -> Any:
     """The Hub's answer that an error stands for, or an earlier one that led to it; None when there was none."""
-    return next((each.response for each in _chain(error) if getattr(each, "response", None) is not None), None)
+    return next(filter(None.__ne__, (getattr(each, "response", None) for each in _chain(error))), None)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -87,7 +87,7 @@ def _said(error: BaseException, token: str) -> str:
 
 
 def _words(error: BaseException, answer: Any) -> str:
-    told = next((each.server_message for each in _chain(error) if getattr(each, "server_message", None)), None)
+    told = next(filter(None, (getattr(each, "server_message", None) for each in _chain(error))), None)
     return str(told or answer.headers.get("X-Error-Message") or "")
 
 

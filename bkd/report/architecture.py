@@ -16,7 +16,8 @@ from bkd.model_folder import prompt_length, unet_config
 from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder
 from bkd.surgery.anatomy import read_anatomy
-from bkd.surgery.diagram import diagram_svg
+from bkd.surgery.canvas import Canvas
+from bkd.surgery.diagram import diagram
 from bkd.surgery.options import complete
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plans
 from bkd.surgery.recognise import recognise
@@ -64,7 +65,7 @@ class Architecture:
         student: The newest one, or the one that the recipe plans.
         removed: Units that the student lacks.
         planned: Whether no student has been written yet.
-        diagram: What is kept and what is not.
+        drawing: What is kept and what is not.
         problem: Why there is no teacher and no diagram.
     """
 
@@ -72,8 +73,15 @@ class Architecture:
     student: Model | None
     removed: tuple[str, ...]
     planned: bool
-    diagram: Markup | None
+    drawing: Canvas | None
     problem: str | None = None
+
+    @property
+    def diagram(self) -> Markup | None:
+        """The drawing, for a page."""
+        if self.drawing is None:
+            return None
+        return Markup(self.drawing.svg().replace(' xmlns="http://www.w3.org/2000/svg"', ""))  # it says nothing in HTML
 
 
 def architecture(run: RunFolder) -> Architecture:
@@ -101,9 +109,8 @@ def _compared(run: RunFolder, recipe: Recipe, teacher: Path) -> Architecture:
     after = _model(student, recipe) if student else _model(teacher, recipe, plan)
     anatomy = read_anatomy(config)
     subtitle = f"{before.parameters:,} → {after.parameters:,} UNet parameters"
-    svg = diagram_svg(anatomy, complete(anatomy, plan.removed), plan.name, subtitle=subtitle)
-    inline = Markup(svg.replace(' xmlns="http://www.w3.org/2000/svg"', ""))  # inside HTML it says nothing
-    return Architecture(before, after, plan.removed, student is None, inline)
+    drawing = diagram(anatomy, complete(anatomy, plan.removed), plan.name, subtitle=subtitle)
+    return Architecture(before, after, plan.removed, student is None, drawing)
 
 
 def _model(folder: Path, recipe: Recipe, plan: RemovalPlan | None = None) -> Model:
