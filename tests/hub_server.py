@@ -102,7 +102,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, content, status=200, **headers):
         if self.silent:
-            return self.cut()
+            self.cut()
+            return
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))

@@ -34,6 +34,7 @@ LAYERS = [
     {"training", "eval", "pregenerate", "edit_plan", "edit"},
     {"stage_checks", "stage_plan", "stage_setup", "stage", "run", "bench", "bench_memory", "export"},
     {"report"},
+    {"card", "hub"},
     {"cli", "__main__"},
 ]
 """From the ground up; a module may import from its own layer and from those before it."""

@@ -1,4 +1,4 @@
-"""Where the card and what it shows lie in a student's folder."""
+"""Where the card and what it shows lie: in the run's folder, in an exported student's, and in the repository."""
 
 CARD_FILE = "README.md"
 CARD_FOLDER = "card"

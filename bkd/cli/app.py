@@ -34,6 +34,7 @@ for verb in (
     evaluate.eval_,
     ship.report,
     ship.export,
+    publish.card,
     publish.push,
 ):
     app.command(verb.__name__.rstrip("_"))(verb)

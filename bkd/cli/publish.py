@@ -17,6 +17,31 @@ NAMED = 8
 """Names of files that are listed one by one."""
 
 
+def card(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    license: Annotated[
+        Optional[str], typer.Option(help="By the Hub's name for it; needed where the teacher's files say none.")
+    ] = None,
+    license_name: Annotated[Optional[str], typer.Option(help="Of a licence that the Hub calls 'other'.")] = None,
+    license_link: Annotated[Optional[str], typer.Option(help="Where to read it.")] = None,
+    base_model: Annotated[Optional[str], typer.Option(help="Hub id of a teacher that was a folder.")] = None,
+    data: Annotated[Optional[str], typer.Option(help="What the training data is: a sentence, or a Hub id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier card.")] = False,
+) -> None:
+    """Write the model card of a run's student: what it is, what it can, how it was made, and its licence."""
+    from bkd.card.license import License
+    from bkd.card.subject import AuthorSays, subject_of
+    from bkd.card.write import write_card
+    from bkd.run_folder import RunFolder
+
+    own = License(license, license_name, license_link) if license else None
+    subject = subject_of(RunFolder(run), AuthorSays(own, base_model, data))
+    written = write_card(subject, overwrite=overwrite)
+    for question in subject.open_questions():
+        console.print(f"note: {question}")
+    console.print(f"done: {written}; read it, then: bkd push {shlex.quote(str(run))} --repo NAMESPACE/NAME")
+
+
 def push(
     model: Annotated[Path, typer.Argument(help="A finished run, or a pipeline folder.")],
     repo: Annotated[str, typer.Option(help="NAMESPACE/NAME on the Hub; made when missing.")],
@@ -33,23 +58,23 @@ def push(
     """
     from bkd.hub.contents import left_behind, repo_files
     from bkd.hub.push import Push, Target, find_token
-    from bkd.hub.readiness import shortcomings, student_folder
+    from bkd.hub.readiness import shortcomings, student_and_home
 
     target = Target(repo, private, revision, pr)
-    folder = student_folder(model)
+    student, home = student_and_home(model)
     if not dry_run:
         find_token()
-    lacking = shortcomings(folder, f"bkd card {shlex.quote(str(model))}")
+    lacking = shortcomings(student, home)
     if lacking and not (force or dry_run):
         raise lacking[0]
-    files = repo_files(folder, repo)
-    _show(files, left_behind(folder, files))
+    files = repo_files(student, home, repo)
+    _show(files, left_behind(student, files))
     for shortcoming in lacking:
         console.print(f"note: {shortcoming}")
     if dry_run:
         console.print(f"nothing was sent; without --dry-run it goes to {repo}")
         return
-    pushed = Push(target, files, message or f"Upload {folder.name} with bkd", console.print).run()
+    pushed = Push(target, files, message or f"Upload {home.resolve().name} with bkd", console.print).run()
     console.print(
         f"{counted(len(pushed.changed), 'file')} sent, {pushed.unchanged} unchanged, {len(pushed.removed)} removed"
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER
+from bkd.card.privacy import public_plan
 from bkd.files import file_digest
 from bkd.model_folder import parts_of, read_json
 from bkd.surgery.plan import PLAN_FILE
@@ -49,14 +49,17 @@ class RepoFile:
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def repo_files(folder: Path, repo: str) -> list[RepoFile]:
+def repo_files(student: Path, home: Path, repo: str) -> list[RepoFile]:
     """All files that make the repository, the weights last.
 
     Args:
-        folder: A whole pipeline folder.
+        student: A whole pipeline folder.
+        home: Of its card: a run's folder, or the same.
         repo: `namespace/name`, which the card's example names.
     """
-    files = [RepoFile(path.relative_to(folder).as_posix(), _as_public(path, repo)) for path in _paths(folder)]
+    found = {path.relative_to(student): path for path in _model(student)}
+    found |= {path.relative_to(home): path for path in _card(home)}
+    files = [RepoFile(name.as_posix(), _as_public(path, repo)) for name, path in found.items()]
     return sorted(files, key=lambda file: (file.name.endswith(".safetensors"), file.name))
 
 
@@ -67,13 +70,15 @@ def left_behind(folder: Path, files: list[RepoFile]) -> list[str]:
     return sorted(name for name in there if name not in taken)
 
 
-def _paths(folder: Path) -> Iterator[Path]:
-    for name in ("model_index.json", PLAN_FILE, CARD_FILE, *LICENSES):
-        if (folder / name).is_file():
-            yield folder / name
+def _model(folder: Path) -> Iterator[Path]:
+    yield from filter(Path.is_file, (folder / name for name in ("model_index.json", PLAN_FILE, *LICENSES)))
     for part in parts_of(folder):
         yield from (path for path in (folder / part).iterdir() if path.is_file() and path.suffix in PART_SUFFIXES)
-    yield from (path for path in folder.glob(f"{CARD_FOLDER}/*") if path.is_file() and path.suffix in CARD_SUFFIXES)
+
+
+def _card(home: Path) -> Iterator[Path]:
+    yield from filter(Path.is_file, (home / name for name in (CARD_FILE, *LICENSES)))
+    yield from (path for path in home.glob(f"{CARD_FOLDER}/*") if path.is_file() and path.suffix in CARD_SUFFIXES)
 
 
 def _as_public(path: Path, repo: str) -> Path | bytes:
@@ -81,20 +86,5 @@ def _as_public(path: Path, repo: str) -> Path | bytes:
     if path.name == CARD_FILE:
         return path.read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo).encode()
     if path.name == PLAN_FILE:
-        return (json.dumps(without_places(read_json(path)), indent=2) + "\n").encode()
+        return (json.dumps(public_plan(read_json(path)), indent=2) + "\n").encode()
     return path
-
-
-def without_places(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan file's facts without the folders of the machine that they were written on."""
-    public = dict(facts)
-    if isinstance(teacher := public.get("teacher"), str):
-        public["teacher"] = public_model_name(teacher)
-    if isinstance(before := public.get("teacher_plan"), Mapping):
-        public["teacher_plan"] = without_places(before)
-    return public
-
-
-def public_model_name(name: str) -> str:
-    """A Hub id or the embedded model as it is called; of a folder or file its own name alone."""
-    return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) else name

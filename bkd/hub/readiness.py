@@ -2,60 +2,60 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from bkd.card.files import CARD_FILE, DIGEST_KEY
 from bkd.errors import HubError
+from bkd.locate import locate
 from bkd.model_folder import check_pipeline_folder, model_digest
 from bkd.run_folder import RunFolder, require_finished
 
-ANYWAY = "--force uploads all the same"
 
-
-def student_folder(path: Path) -> Path:
-    """The pipeline folder that a run or a folder stands for.
+def student_and_home(path: Path) -> tuple[Path, Path]:
+    """The pipeline folder that a run or a folder stands for, and the folder of its card.
 
     Raises:
         BkdError: If the run is not finished, a process works on it, or the folder is no whole pipeline.
     """
     run = RunFolder(path)
-    if run.facts_file.is_file():
+    is_run = run.facts_file.is_file()
+    if is_run:
         require_finished(run)
-        path = run.student
     elif not path.is_dir():
         raise HubError("no such folder", where=path, allowed="a run, or a pipeline folder")
-    check_pipeline_folder(path)
-    return path
+    student = locate(path) if is_run else path
+    check_pipeline_folder(student)
+    return student, path
 
 
-def shortcomings(folder: Path, make_card: str) -> list[HubError]:
+def shortcomings(student: Path, home: Path) -> list[HubError]:
     """What a card lacks, each as the error that it is.
 
     Args:
-        folder: A whole pipeline folder.
-        make_card: The command that writes the card.
+        student: A whole pipeline folder.
+        home: Of its card.
     """
-    card = folder / CARD_FILE
+    card, is_run = home / CARD_FILE, student != home
+    command = f"bkd card {shlex.quote(str(home))}"
+
+    def lacking(what: str, of_run: str, of_folder: str) -> HubError:
+        return HubError(what, where=card, remedy=f"{of_run if is_run else of_folder}; --force uploads all the same")
+
     if not card.is_file():
-        return [HubError("there is no model card", where=card, remedy=f"{make_card}; {ANYWAY}")]
-    known = read_card(card)
-    found = []
+        return [lacking("there is no model card", command, "write one there, with the Hub's metadata at its head")]
+    known, found = read_card(card), []
     if not known.get("license"):
         found.append(
-            HubError("the card names no licence", where=card, remedy=f"{make_card} --license ID --overwrite; {ANYWAY}")
+            lacking("the card names no licence", f"{command} --license ID --overwrite", "license: at its head")
         )
     if not known.get("model-index"):
+        measure = f"bkd eval {shlex.quote(str(home))}, then {command} --overwrite"
+        found.append(lacking("the card holds no figures", measure, "model-index: at its head"))
+    if known.get(DIGEST_KEY) not in (None, model_digest(student)):
         found.append(
-            HubError(
-                "the card holds no figures",
-                where=card,
-                remedy=f"measure it: bkd eval RUN, then {make_card} --overwrite; {ANYWAY}",
-            )
-        )
-    if known.get(DIGEST_KEY) not in (None, model_digest(folder)):
-        found.append(
-            HubError("the card was written for other weights", where=card, remedy=f"{make_card} --overwrite; {ANYWAY}")
+            lacking("the card was written for other weights", f"{command} --overwrite", "export the run once more")
         )
     return found
 

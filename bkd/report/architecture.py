@@ -17,6 +17,7 @@ from bkd.recipe.schema import Recipe
 from bkd.run_folder import RunFolder
 from bkd.surgery.anatomy import read_anatomy
 from bkd.surgery.canvas import Canvas
+from bkd.surgery.compatibility import compatibility_notes
 from bkd.surgery.diagram import diagram
 from bkd.surgery.options import complete
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plans
@@ -65,6 +66,7 @@ class Architecture:
         student: The newest one, or the one that the recipe plans.
         removed: Units that the student lacks.
         planned: Whether no student has been written yet.
+        notes: What does not fit the student that fits its teacher.
         drawing: What is kept and what is not.
         problem: Why there is no teacher and no diagram.
     """
@@ -74,6 +76,7 @@ class Architecture:
     removed: tuple[str, ...]
     planned: bool
     drawing: Canvas | None
+    notes: tuple[str, ...] = ()
     problem: str | None = None
 
     @property
@@ -94,7 +97,7 @@ def architecture(run: RunFolder) -> Architecture:
     except BkdError as error:
         student = newest_student(run, recipe)
         model = _model(student, recipe) if student else None
-        return Architecture(None, model, (), student is None, None, str(error))
+        return Architecture(None, model, (), student is None, None, problem=str(error))
 
 
 def newest_student(run: RunFolder, recipe: Recipe) -> Path | None:
@@ -110,7 +113,7 @@ def _compared(run: RunFolder, recipe: Recipe, teacher: Path) -> Architecture:
     anatomy = read_anatomy(config)
     subtitle = f"{before.parameters:,} → {after.parameters:,} UNet parameters"
     drawing = diagram(anatomy, complete(anatomy, plan.removed), plan.name, subtitle=subtitle)
-    return Architecture(before, after, plan.removed, student is None, drawing)
+    return Architecture(before, after, plan.removed, student is None, drawing, compatibility_notes(config, plan))
 
 
 def _model(folder: Path, recipe: Recipe, plan: RemovalPlan | None = None) -> Model:

@@ -126,11 +126,11 @@ def _paint(draw: ImageDraw, shape: Shape) -> None:
 
 def _dashes(draw: ImageDraw, corners: Sequence[float], stroke: str) -> None:
     """A dashed frame, which PIL has not."""
-    left, top, right, bottom = corners
+    left, top, right, bottom = map(round, corners)
     dash = DASH * SCALE
-    for x in range(int(left), int(right), 2 * dash):
+    for x in range(left, right, 2 * dash):
         for y in (top, bottom):
             draw.line([(x, y), (min(x + dash, right), y)], stroke, SCALE)
-    for y in range(int(top), int(bottom), 2 * dash):
+    for y in range(top, bottom, 2 * dash):
         for x in (left, right):
             draw.line([(x, y), (x, min(y + dash, bottom))], stroke, SCALE)
