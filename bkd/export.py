@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from bkd.errors import ModelError
 from bkd.files import proved_file
 from bkd.guidance import StudentKind
-from bkd.handed_on import HandedOn, Weights, require_teacher
+from bkd.handed_on import HandedOn, require_teacher
 from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import scaled_tensors
@@ -31,7 +31,7 @@ PIPELINE = "bkd export RUN --format pipeline"
 
 
 def export_pipeline(
-    model: Path, output: Path, dtype: torch.dtype, *, weights: Weights = "ema", overwrite: bool = False
+    model: Path, output: Path, dtype: torch.dtype, *, raw: bool = False, overwrite: bool = False
 ) -> None:
     """Write a student as a stock pipeline folder, every part of it in one dtype.
 
@@ -41,14 +41,14 @@ def export_pipeline(
         model: A finished run, or a student's folder.
         output: Folder to make.
         dtype: Of all weights.
-        weights: Averaged ones, or those of the last step.
+        raw: Take the weights of the last step, and not their averages.
         overwrite: Replace an earlier student there.
 
     Raises:
         BkdError: If the run is not finished, the folder is in use, or the written student computes something else when
             it is reloaded in a process without `bkd`; nothing is left behind then.
     """
-    source = HandedOn.of(model, weights)
+    source = HandedOn.of(model, raw=raw)
     check_output(source.folder, output, overwrite=overwrite)
     with unfinished_folder(output) as folder:
         for part in parts_of(source.folder):
@@ -72,7 +72,7 @@ def _cast(part: Path, dtype: torch.dtype) -> None:
 
 
 def export_single_file(
-    model: Path, output: Path, dtype: torch.dtype, *, weights: Weights = "ema", overwrite: bool = False
+    model: Path, output: Path, dtype: torch.dtype, *, raw: bool = False, overwrite: bool = False
 ) -> Path:
     """Write a student's UNet, autoencoder and text encoders as one file in the original Stable Diffusion layout.
 
@@ -80,7 +80,7 @@ def export_single_file(
         model: A finished run, or a student's folder.
         output: `.safetensors` file to write.
         dtype: Of all weights.
-        weights: Averaged ones, or those of the last step.
+        raw: Take the weights of the last step, and not their averages.
         overwrite: Replace the file.
 
     Returns:
@@ -91,7 +91,7 @@ def export_single_file(
             something else from the file; nothing is left behind then.
     """
     require_new_file(output, ".safetensors", overwrite=overwrite)
-    source = HandedOn.of(model, weights)
+    source = HandedOn.of(model, raw=raw)
     require_expressible(source.folder)
     kind = pipeline_class(unet_config(source.folder))
     pipe = kind.from_pretrained(
@@ -103,7 +103,7 @@ def export_single_file(
     return source.folder
 
 
-def export_lora(model: Path, output: Path, *, weights: Weights = "ema", overwrite: bool = False) -> StudentKind:
+def export_lora(model: Path, output: Path, *, raw: bool = False, overwrite: bool = False) -> StudentKind:
     """Write a run's adapters as a file for the model they were trained on: `pipe.load_lora_weights` takes it.
 
     Every alpha / r is multiplied into its up-projection, and all adapters have one rank: the file needs no metadata,
@@ -112,7 +112,7 @@ def export_lora(model: Path, output: Path, *, weights: Weights = "ema", overwrit
     Args:
         model: A finished run, of a stage with `lora`.
         output: `.safetensors` file to write.
-        weights: Averaged ones, or those of the last step.
+        raw: Take the weights of the last step, and not their averages.
         overwrite: Replace the file.
 
     Returns:
@@ -123,7 +123,7 @@ def export_lora(model: Path, output: Path, *, weights: Weights = "ema", overwrit
             computes something else; nothing is left behind then.
     """
     require_new_file(output, ".safetensors", overwrite=overwrite)
-    source = HandedOn.of(model, weights)
+    source = HandedOn.of(model, raw=raw)
     run = _require_adapters_of_one_stage(source, model)
     wished, adapter = run.recipe().teacher, source.adapter(run)
     teacher = locate(wished.id, revision=wished.revision, config=wished.config)
@@ -142,7 +142,9 @@ def _require_adapters_of_one_stage(source: HandedOn, model: Path) -> RunFolder:
     run = source.run
     if run is None or not (run.path / ADAPTER_FILE).is_file():
         raise ModelError(
-            "this run trained the weights themselves, and not adapters" if run else "a student's folder has no adapters",
+            "this run trained the weights themselves, and not adapters"
+            if run
+            else "a student's folder has no adapters",
             where=model,
             remedy=f"{PIPELINE}, or train with lora: in the stage",
         )

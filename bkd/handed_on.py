@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -20,8 +19,6 @@ from bkd.models import load_unet
 from bkd.run_folder import RunFolder, finished_or_student
 from bkd.stage_setup import start_student
 from bkd.training.checkpoint import Checkpoints
-
-Weights = Literal["ema", "raw"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,18 @@ class HandedOn:
     raw: Mapping[str, Tensor] | None
 
     @classmethod
-    def of(cls, path: Path, weights: Weights = "ema") -> HandedOn:
+    def of(cls, path: Path, *, raw: bool = False) -> HandedOn:
         """What a run or a student's folder holds.
+
+        Args:
+            path: Of either.
+            raw: Whether the weights of the last step are wanted, and not their averages.
 
         Raises:
             BkdError: If it is neither, is not finished, or keeps no raw weights.
         """
         run = finished_or_student(path)
-        return cls(locate(path), run, _last_step(path, run) if weights == "raw" else None)
+        return cls(locate(path), run, _last_step(path, run) if raw else None)
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """On the CPU, adapters merged."""

@@ -1,7 +1,7 @@
 """The original Stable Diffusion layout, in which one file holds a whole pipeline: names to names, and tensors.
 
-It numbers a UNet's pieces in one row from input to output, and says nothing else of its architecture. diffusers reads it
-back with the student's configuration beside it, and counts with one `layers_per_block` for all levels.
+It numbers a UNet's pieces in one row from input to output, and says nothing else of its architecture. diffusers reads
+it back with the student's configuration beside it, and counts with one `layers_per_block` for all levels.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def require_expressible(folder: Path) -> None:
             "a single file cannot express this student",
             where=folder,
             got="; ".join(reasons),
-            allowed="as many layers in every level, and tensors that the original Stable Diffusion layout has names for",
+            allowed="as many layers in every level, and tensors that the original layout has names for",
             remedy="--format pipeline",
         )
 
@@ -125,7 +125,7 @@ def unet_name(key: str, config: Mapping[str, Any]) -> str | None:
     if found := BLOCK.fullmatch(key):
         side, block, part, layer, rest = found.groups()
         layers = config.get("layers_per_block", 2)
-        # Both sides have a place more than layers: for the resampling in down blocks, and for the layer more in up ones.
+        # Both sides have one place more than `layers`: of down blocks for the resampling, of up blocks for a layer.
         place = (layers + 1) * int(block) + (side == "down") + (layers if part.endswith("samplers") else int(layer))
         behind_attention = side == "up" and "CrossAttn" in config["up_block_types"][int(block)]
         slot = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 1 + behind_attention}[part]

@@ -26,7 +26,6 @@ from bkd.surgery.build import build_empty
 from bkd.unet_weights import DTYPES
 
 
-
 def import_single_file(path: Path, like: Path) -> Path:
     """The pipeline folder that a single file stands for; made once, in the cache, under the digest of its sources.
 

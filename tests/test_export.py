@@ -91,6 +91,7 @@ def test_what_the_layout_cannot_express_is_known_from_the_configuration(config, 
         assert not list(unexpressible(config)), " ".join(unexpressible(config))
 
 
+SSD_1B = "mid.attn,down.2.*.t[4-9],up.0.0.t[4-9],up.0.1.t[4-9],up.1.1.t1,up.1.2.t1"
 KNOWN = {
     "sd1": {
         "model.diffusion_model.time_embed.0.weight": (1280, 320),
@@ -172,7 +173,9 @@ def test_a_single_file_computes_what_the_student_does(bkd, family_folders, famil
 
 def test_a_file_whose_autoencoder_differs_is_not_kept(tiny, tmp_path, monkeypatch):
     name = "first_stage_model.decoder.conv_in.bias"
-    monkeypatch.setattr("bkd.export.original_tensors", lambda pipe: {**(t := original_tensors(pipe)), name: t[name] + 1})
+    monkeypatch.setattr(
+        "bkd.export.original_tensors", lambda pipe: {**(t := original_tensors(pipe)), name: t[name] + 1}
+    )
     with pytest.raises(ModelError, match="the file's vae is not the folder's"):
         export_single_file(tiny, tmp_path / "out.safetensors", torch.float32)
     assert not list(tmp_path.iterdir())
@@ -231,8 +234,22 @@ def train(shards, cache, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
 
     def run(name, *overrides):
-        short = ["train.batch=8", "train.max_steps=4", "train.checkpoint_every=2", "samples.prompts=[]", "train.lr=1e-2"]
-        arguments = ["train", f"shapes/{name}", f"data.shards={shards[0].parent}", *short, *overrides, "-o", root / name]
+        short = [
+            "train.batch=8",
+            "train.max_steps=4",
+            "train.checkpoint_every=2",
+            "samples.prompts=[]",
+            "train.lr=1e-2",
+        ]
+        arguments = [
+            "train",
+            f"shapes/{name}",
+            f"data.shards={shards[0].parent}",
+            *short,
+            *overrides,
+            "-o",
+            root / name,
+        ]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
             patch.setattr(sys, "argv", ["bkd", *map(str, arguments)])
@@ -267,8 +284,8 @@ def last_step(run, name="trainable"):
 
 def test_raw_weights_are_those_of_the_last_checkpoint(averaged, tmp_path, without_proof):
     for weights in ("ema", "raw"):
-        export_pipeline(averaged, tmp_path / weights, torch.float32, weights=weights)
-        export_single_file(averaged, tmp_path / f"{weights}.safetensors", torch.float32, weights=weights)
+        export_pipeline(averaged, tmp_path / weights, torch.float32, raw=weights == "raw")
+        export_single_file(averaged, tmp_path / f"{weights}.safetensors", torch.float32, raw=weights == "raw")
     ema, raw = (load_unet(tmp_path / weights).state_dict() for weights in ("ema", "raw"))
     assert all(torch.equal(raw[name], tensor) for name, tensor in last_step(averaged).items())
     assert all(torch.equal(ema[name], tensor) for name, tensor in last_step(averaged, "ema").items())
@@ -279,12 +296,12 @@ def test_raw_weights_are_those_of_the_last_checkpoint(averaged, tmp_path, withou
 
 
 def test_raw_adapters_are_handed_on_and_merged(adapted, tmp_path, without_proof):
-    raw = HandedOn.of(adapted, "raw")
+    raw = HandedOn.of(adapted, raw=True)
     assert all(torch.equal(raw.raw[name], tensor) for name, tensor in last_step(adapted).items())
     stored = load_unet(adapted / "student").state_dict()
     averages = HandedOn(raw.folder, raw.run, last_step(adapted, "ema")).unet(torch.float32).state_dict()
     assert averages.keys() == stored.keys() and all(torch.equal(averages[name], stored[name]) for name in stored)
-    export_lora(adapted, tmp_path / "raw.safetensors", weights="raw")
+    export_lora(adapted, tmp_path / "raw.safetensors", raw=True)
     down = {name: tensor for name, tensor in load_file(tmp_path / "raw.safetensors").items() if ".lora_A." in name}
     ours = {f"unet.{name.replace('.default.', '.')}": name for name in last_step(adapted) if ".lora_A." in name}
     assert down.keys() == ours.keys()
@@ -320,9 +337,16 @@ def test_raw_weights_that_a_run_does_not_keep_are_refused(bkd_refuses, averaged,
         (SDXL, "koala-700m", "yes", "no"),
         (SDXL, "koala-1b", "yes", "no"),
         (SDXL, "mid", "yes", "no"),
+        (SDXL, SSD_1B, "yes", "yes"),
         (SMALL_SD1, "none", "no, its widths", "no, its widths"),
     ],
 )
 def test_what_other_tools_load(config, blocks, comfyui, automatic1111):
     said = [str(verdict) for verdict in verdicts(student_of(config, blocks)[1])]
     assert said[0].startswith(f"ComfyUI: {comfyui}") and said[1].startswith(f"AUTOMATIC1111's web UI: {automatic1111}")
+
+
+def test_a_tool_that_loads_a_file_must_be_told_what_it_predicts():
+    comfyui, automatic1111 = map(str, verdicts(student_of(SD2, "sd-small")[1], "v_prediction"))
+    assert comfyui.endswith("the file does not say v_prediction, choose it there")
+    assert "v_prediction" not in automatic1111

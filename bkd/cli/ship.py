@@ -36,7 +36,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="pipeline: a stock folder, adapters merged; single-file: the original layout; lora: a file of adapters.",
+            help="pipeline: a stock folder, adapters merged; single-file: the original layout; lora: adapters.",
         ),
     ] = "pipeline",
     dtype: Annotated[
@@ -59,7 +59,7 @@ def export(
     from bkd.run_folder import RunFolder
 
     console.print("checking, writing and reloading …")
-    wanted, options = DTYPES[dtype or "float32"], {"weights": weights, "overwrite": overwrite}
+    wanted, options = DTYPES[dtype or "float32"], {"raw": weights == "raw", "overwrite": overwrite}
     if kind == "pipeline":
         exports.export_pipeline(model, output, wanted, **options)
         console.print(f"done: {output} is a stock diffusers pipeline folder")
@@ -91,13 +91,13 @@ def _check_wish(output: Path, kind: str, dtype: str | None, weights: str) -> Non
 
 def _show_readers(file: Path, folder: Path) -> None:
     """What loads a single file, and what does not."""
-    from bkd.model_folder import unet_config
+    from bkd.model_folder import scheduler_config, unet_config
     from bkd.other_tools import verdicts
     from bkd.single_file import pipeline_class
 
     config = unet_config(folder)
     console.print(f"done: {pipeline_class(config).__name__}.from_single_file('{file}', config='{folder}')")
-    for verdict in verdicts(config):
+    for verdict in verdicts(config, scheduler_config(folder).get("prediction_type", "epsilon")):
         console.print(str(verdict))
 
 
