@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from bkd.errors import ModelError
 from bkd.files import proved_file
 from bkd.guidance import StudentKind
-from bkd.handed_on import HandedOn, require_teacher
-from bkd.locate import locate
+from bkd.handed_on import HandedOn, checked_teacher
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import scaled_tensors
-from bkd.model_folder import parts_of, unet_config, weight_files
+from bkd.model_folder import parts_of, read_json, unet_config, weight_files
 from bkd.models import load_noise_schedule, load_unet
 from bkd.original_layout import original_tensors, require_expressible
 from bkd.output_folder import check_output, require_new_file
@@ -55,8 +55,9 @@ def export_pipeline(
             if part != "unet":
                 shutil.copytree(source.folder / part, folder / part)
                 _cast(folder / part, dtype)
-        for name in ("model_index.json", PLAN_FILE):
-            shutil.copyfile(source.folder / name, folder / name)
+        shutil.copyfile(source.folder / "model_index.json", folder / "model_index.json")
+        facts = read_json(source.folder / PLAN_FILE) | ({"weights": "raw"} if raw else {})
+        (folder / PLAN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
         unet = source.unet(dtype)
         unet.save_pretrained(folder / "unet", safe_serialization=True)
         check_reload(folder, probe_output(unet))
@@ -125,9 +126,8 @@ def export_lora(model: Path, output: Path, *, raw: bool = False, overwrite: bool
     require_new_file(output, ".safetensors", overwrite=overwrite)
     source = HandedOn.of(model, raw=raw)
     run = _require_adapters_of_one_stage(source, model)
-    wished, adapter = run.recipe().teacher, source.adapter(run)
-    teacher = locate(wished.id, revision=wished.revision, config=wished.config)
-    require_teacher(run, adapter, teacher)
+    adapter = source.adapter(run)
+    teacher = checked_teacher(run, adapter)
     _require_expressible(run, adapter, teacher)
     student = build_student(load_unet(teacher), adapter.plan)
     adapter.put_on(student)

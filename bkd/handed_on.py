@@ -72,20 +72,21 @@ class HandedOn:
         stage = recipe.stages[-1]
         if stage.student.path is not None:
             _require_same_start(run, stage.student.path)
-        if len(recipe.stages) > 1:
-            teacher = run.students(recipe)[-2]
-        else:
-            teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
-        require_teacher(run, adapter, teacher)
+        teacher = checked_teacher(run, adapter)
         return start_student(load_unet(teacher), adapter.plan, stage, recipe.seed)
 
 
-def require_teacher(run: RunFolder, adapter: Adapter, teacher: Path) -> None:
-    """Refuse to put adapters on another model than the one they were trained on.
+def checked_teacher(run: RunFolder, adapter: Adapter) -> Path:
+    """The folder of the teacher that a run's adapters were trained on.
 
     Raises:
-        ModelError: If the teacher's folder is not what it was.
+        ModelError: If it is not what it was.
     """
+    recipe = run.recipe()
+    if len(recipe.stages) > 1:
+        teacher = run.students(recipe)[-2]
+    else:
+        teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
     if (digest := model_digest(teacher)) != adapter.teacher_digest:
         raise ModelError(
             "these adapters were trained on another teacher",
@@ -94,6 +95,7 @@ def require_teacher(run: RunFolder, adapter: Adapter, teacher: Path) -> None:
             allowed=adapter.teacher_digest,
             remedy="bring the original back, or bkd export RUN --format pipeline",
         )
+    return teacher
 
 
 def _require_same_start(run: RunFolder, path: str) -> None:

@@ -21,6 +21,7 @@ from bkd.models import load_unet
 from bkd.original_layout import original_tensors, unet_name, unexpressible
 from bkd.other_tools import verdicts
 from bkd.prune import plan_pruning, prune
+from bkd.student_folder import plan_facts
 from bkd.surgery.build import build_empty
 from bkd.surgery.unet import plan_removal
 from tests.conftest import SD2, SMALL_SD1, SMALL_SD2, SMALL_SDXL
@@ -36,6 +37,7 @@ PRESETS = {
 }
 PIECES = ["mid.attn", "mid", "down.1.attn", "up.1.attn", "down.1.0.t*", "mid.t*", "sd-small,mid.attn"]
 EXPRESSIBLE = [(family, blocks) for family, presets in PRESETS.items() for blocks in (*presets, *PIECES)]
+EXPRESSIBLE.append(("sd1", "level.3"))
 PREFIX = "model.diffusion_model."
 
 
@@ -286,6 +288,7 @@ def test_raw_weights_are_those_of_the_last_checkpoint(averaged, tmp_path, withou
     for weights in ("ema", "raw"):
         export_pipeline(averaged, tmp_path / weights, torch.float32, raw=weights == "raw")
         export_single_file(averaged, tmp_path / f"{weights}.safetensors", torch.float32, raw=weights == "raw")
+    assert [plan_facts(tmp_path / weights).get("weights") for weights in ("ema", "raw")] == [None, "raw"]
     ema, raw = (load_unet(tmp_path / weights).state_dict() for weights in ("ema", "raw"))
     assert all(torch.equal(raw[name], tensor) for name, tensor in last_step(averaged).items())
     assert all(torch.equal(ema[name], tensor) for name, tensor in last_step(averaged, "ema").items())
