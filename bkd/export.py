@@ -1,28 +1,28 @@
-"""From a finished run to what its user hands on: a pipeline folder in another dtype, or a LoRA file."""
+"""From a student to what its user hands on: a pipeline folder in another dtype, a single file, or a LoRA file."""
 
 from __future__ import annotations
 
+import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
 from bkd.errors import ModelError
-from bkd.files import replace_file
+from bkd.files import proved_file
 from bkd.guidance import StudentKind
-from bkd.locate import locate
+from bkd.handed_on import HandedOn, checked_teacher
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import scaled_tensors
-from bkd.model_folder import model_digest, parts_of, weight_files
+from bkd.model_folder import parts_of, read_json, unet_config, weight_files
 from bkd.models import load_noise_schedule, load_unet
+from bkd.original_layout import original_tensors, require_expressible
 from bkd.output_folder import check_output, require_new_file
-from bkd.proof import check_lora, check_reload, probe_output
-from bkd.run_folder import RunFolder, require_finished
+from bkd.proof import check_lora, check_original, check_reload, probe_output
+from bkd.run_folder import RunFolder
+from bkd.single_file import pipeline_class
 from bkd.student_folder import unfinished_folder
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import PLAN_FILE
@@ -30,31 +30,37 @@ from bkd.surgery.plan import PLAN_FILE
 PIPELINE = "bkd export RUN --format pipeline"
 
 
-def export_pipeline(run: RunFolder, output: Path, dtype: torch.dtype, *, overwrite: bool = False) -> None:
-    """Write a run's student as a stock pipeline folder, every part of it in one dtype.
+def export_pipeline(
+    model: Path, output: Path, dtype: torch.dtype, *, raw: bool = False, overwrite: bool = False
+) -> None:
+    """Write a student as a stock pipeline folder, every part of it in one dtype.
 
     Adapters are merged: the student of a run always is what stock diffusers loads.
 
     Args:
-        run: A finished one.
+        model: A finished run, or a student's folder.
         output: Folder to make.
         dtype: Of all weights.
+        raw: Take the weights of the last step, and not their averages.
         overwrite: Replace an earlier student there.
 
     Raises:
         BkdError: If the run is not finished, the folder is in use, or the written student computes something else when
             it is reloaded in a process without `bkd`; nothing is left behind then.
     """
-    require_finished(run)
-    student = locate(run.path)
-    check_output(student, output, overwrite=overwrite)
+    source = HandedOn.of(model, raw=raw)
+    check_output(source.folder, output, overwrite=overwrite)
     with unfinished_folder(output) as folder:
-        for part in parts_of(student):
-            shutil.copytree(student / part, folder / part)
-            _cast(folder / part, dtype)
-        for name in ("model_index.json", PLAN_FILE):
-            shutil.copyfile(student / name, folder / name)
-        check_reload(folder, probe_output(load_unet(student, dtype)))
+        for part in parts_of(source.folder):
+            if part != "unet":
+                shutil.copytree(source.folder / part, folder / part)
+                _cast(folder / part, dtype)
+        shutil.copyfile(source.folder / "model_index.json", folder / "model_index.json")
+        facts = read_json(source.folder / PLAN_FILE) | ({"weights": "raw"} if raw else {})
+        (folder / PLAN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        unet = source.unet(dtype)
+        unet.save_pretrained(folder / "unet", safe_serialization=True)
+        check_reload(folder, probe_output(unet))
 
 
 def _cast(part: Path, dtype: torch.dtype) -> None:
@@ -66,15 +72,48 @@ def _cast(part: Path, dtype: torch.dtype) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata=metadata)
 
 
-def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> StudentKind:
+def export_single_file(
+    model: Path, output: Path, dtype: torch.dtype, *, raw: bool = False, overwrite: bool = False
+) -> Path:
+    """Write a student's UNet, autoencoder and text encoders as one file in the original Stable Diffusion layout.
+
+    Args:
+        model: A finished run, or a student's folder.
+        output: `.safetensors` file to write.
+        dtype: Of all weights.
+        raw: Take the weights of the last step, and not their averages.
+        overwrite: Replace the file.
+
+    Returns:
+        The pipeline folder whose configuration the file is read with.
+
+    Raises:
+        BkdError: If the layout cannot express the student, or `from_single_file`, in a process without `bkd`, reads
+            something else from the file; nothing is left behind then.
+    """
+    require_new_file(output, ".safetensors", overwrite=overwrite)
+    source = HandedOn.of(model, raw=raw)
+    require_expressible(source.folder)
+    kind = pipeline_class(unet_config(source.folder))
+    pipe = kind.from_pretrained(
+        source.folder, unet=source.unet(dtype), torch_dtype=dtype, use_safetensors=True, local_files_only=True
+    )
+    with proved_file(output) as file:
+        save_file(original_tensors(pipe), file, metadata={"format": "pt"})
+        check_original(file, source.folder, kind.__name__, probe_output(pipe.unet))
+    return source.folder
+
+
+def export_lora(model: Path, output: Path, *, raw: bool = False, overwrite: bool = False) -> StudentKind:
     """Write a run's adapters as a file for the model they were trained on: `pipe.load_lora_weights` takes it.
 
     Every alpha / r is multiplied into its up-projection, and all adapters have one rank: the file needs no metadata,
     and loads the same everywhere.
 
     Args:
-        run: A finished one, of a stage with `lora`.
+        model: A finished run, of a stage with `lora`.
         output: `.safetensors` file to write.
+        raw: Take the weights of the last step, and not their averages.
         overwrite: Replace the file.
 
     Returns:
@@ -84,40 +123,40 @@ def export_lora(run: RunFolder, output: Path, *, overwrite: bool = False) -> Stu
         BkdError: If a LoRA file cannot express the student, the teacher is another one, or the file loaded on it
             computes something else; nothing is left behind then.
     """
-    require_finished(run)
-    locate(run.path)
     require_new_file(output, ".safetensors", overwrite=overwrite)
-    recipe = run.recipe()
-    if not (run.path / ADAPTER_FILE).is_file():
-        raise ModelError(
-            "this run trained the weights themselves, and not adapters",
-            where=run.path,
-            remedy=f"{PIPELINE}, or train with lora: in the stage",
-        )
-    if len(recipe.stages) > 1:
-        raise ModelError(
-            "these adapters belong to a model that the run made itself",
-            where=run.path / ADAPTER_FILE,
-            got=f"adapters of stage {len(recipe.stages)}, over the student of stage {len(recipe.stages) - 1}",
-            allowed="runs of one stage",
-            remedy=PIPELINE,
-        )
-    adapter = Adapter.load(run.path / ADAPTER_FILE)
-    teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
-    if model_digest(teacher) != adapter.teacher_digest:
-        raise ModelError(
-            "these adapters were trained on another teacher",
-            where=run.path / ADAPTER_FILE,
-            got=f"{recipe.teacher.id}, SHA-256 {model_digest(teacher)}",
-            allowed=adapter.teacher_digest,
-            remedy="bring the original back, or " + PIPELINE,
-        )
+    source = HandedOn.of(model, raw=raw)
+    run = _require_adapters_of_one_stage(source, model)
+    adapter = source.adapter(run)
+    teacher = checked_teacher(run, adapter)
     _require_expressible(run, adapter, teacher)
     student = build_student(load_unet(teacher), adapter.plan)
     adapter.put_on(student)
     tensors = {f"unet.{name}": tensor for name, tensor in scaled_tensors(student).items()}
-    _write(output, tensors, teacher, student)
+    with proved_file(output) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
+        check_lora(file, teacher, probe_output(student))
     return StudentKind.of(run.student)
+
+
+def _require_adapters_of_one_stage(source: HandedOn, model: Path) -> RunFolder:
+    run = source.run
+    if run is None or not (run.path / ADAPTER_FILE).is_file():
+        raise ModelError(
+            "this run trained the weights themselves, and not adapters"
+            if run
+            else "a student's folder has no adapters",
+            where=model,
+            remedy=f"{PIPELINE}, or train with lora: in the stage",
+        )
+    if (count := len(run.recipe().stages)) > 1:
+        raise ModelError(
+            "these adapters belong to a model that the run made itself",
+            where=run.path / ADAPTER_FILE,
+            got=f"adapters of stage {count}, over the student of stage {count - 1}",
+            allowed="runs of one stage",
+            remedy=PIPELINE,
+        )
+    return run
 
 
 def _require_expressible(run: RunFolder, adapter: Adapter, teacher: Path) -> None:
@@ -141,14 +180,3 @@ def _require_expressible(run: RunFolder, adapter: Adapter, teacher: Path) -> Non
             allowed="students of the teacher's architecture, one guidance scale, adapters alone",
             remedy=PIPELINE,
         )
-
-
-def _write(output: Path, tensors: dict[str, Tensor], teacher: Path, student: UNet2DConditionModel) -> None:
-    """Once the teacher, with such a file, has computed what the student does."""
-    content = save(tensors, metadata={"format": "pt"})
-    with tempfile.TemporaryDirectory() as scratch:
-        tried = Path(scratch) / "lora.safetensors"
-        tried.write_bytes(content)
-        check_lora(tried, teacher, probe_output(student))
-    with replace_file(output) as stream:
-        stream.write(content)

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,22 @@ def replace_file(path: Path, *, one_of_many: bool = False) -> Iterator[BinaryIO]
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def proved_file(path: Path) -> Iterator[Path]:
+    """A file of the same name in a folder beside its place, for readers that go by names or must see it whole.
+
+    It gets to its place when the block ends well, and is removed when it does not.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.unfinished-") as beside:
+        unfinished = Path(beside) / path.name
+        yield unfinished
+        unfinished.chmod(0o644)  # safetensors writes files that nobody else can read
+        with unfinished.open("rb") as stream:
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -31,17 +31,31 @@ class NoBkd:
             raise ImportError("bkd is not available here")
 
 sys.meta_path.insert(0, NoBkd())
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-folder, probe, answer, lora = sys.argv[1:]
+folder, probe, answer, lora, original, kind = sys.argv[1:]
 threads, dtype = sys.stdin.read().split()
 torch.set_num_threads(int(threads))
 dtype = getattr(torch, dtype)
-pipe = DiffusionPipeline.from_pretrained(
-    folder, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-)
+
+def from_folder(**parts):
+    options = {"use_safetensors": True, "safety_checker": None, "requires_safety_checker": False, **parts}
+    return diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **options)
+
+def require_same_parts(pipe, twin):
+    for name, part in twin.components.items():
+        if isinstance(part, torch.nn.Module):
+            theirs, ours = part.state_dict(), pipe.components[name].state_dict()
+            if theirs.keys() != ours.keys() or not all(torch.equal(theirs[key], ours[key]) for key in theirs):
+                sys.exit(f"the file's {name} is not the folder's")
+
+if original:
+    pipe = getattr(diffusers, kind).from_single_file(original, config=folder, torch_dtype=dtype, local_files_only=True)
+    require_same_parts(pipe, from_folder(unet=None))
+else:
+    pipe = from_folder()
 if lora:
     pipe.load_lora_weights(lora)
 unet = pipe.unet.eval()
@@ -198,11 +212,29 @@ def check_reload(folder: Path, expected: Tensor) -> None:
     Raises:
         ModelError: If it does not load there, or one output value differs.
     """
-    reloaded = _reloaded_output(folder, expected.dtype)
+    _require_equal(_reloaded_output(folder, expected.dtype), expected, folder)
+
+
+def check_original(file: Path, like: Path, pipeline: str, expected: Tensor) -> None:
+    """Load a file in the original layout in a process without `bkd` and compare one forward pass, and all other parts.
+
+    Args:
+        file: As written.
+        like: Pipeline folder of the same model: configuration, and every part but the UNet.
+        pipeline: diffusers' class for it.
+        expected: What `probe_output` gave for the UNet in memory, in the dtype to reload in.
+
+    Raises:
+        ModelError: If it does not load there, one output value differs, or another part is not the folder's.
+    """
+    _require_equal(_reloaded_output(like, expected.dtype, original=file, pipeline=pipeline), expected, file)
+
+
+def _require_equal(reloaded: Tensor, expected: Tensor, where: Path) -> None:
     if not torch.equal(reloaded.nan_to_num(nan=BEYOND), expected.nan_to_num(nan=BEYOND)):
         difference = float((reloaded.float() - expected.float()).abs().max())
         raise ModelError(
-            "the reloaded student computes something else", where=folder, got=f"difference {difference:.3g}"
+            "the reloaded student computes something else", where=where, got=f"difference {difference:.3g}"
         )
 
 
@@ -217,7 +249,7 @@ def check_lora(lora: Path, teacher: Path, expected: Tensor) -> None:
     Raises:
         ModelError: If it does not load there, or the output differs by more than rounding.
     """
-    reloaded = _reloaded_output(teacher, expected.dtype, lora)
+    reloaded = _reloaded_output(teacher, expected.dtype, lora=lora)
     if not torch.allclose(reloaded, expected, rtol=LORA_TOLERANCE, atol=LORA_TOLERANCE * float(expected.abs().max())):
         difference = float((reloaded - expected).abs().max())
         raise ModelError(
@@ -225,14 +257,16 @@ def check_lora(lora: Path, teacher: Path, expected: Tensor) -> None:
         )
 
 
-def _reloaded_output(folder: Path, dtype: torch.dtype, lora: Path | None = None) -> Tensor:
+def _reloaded_output(
+    folder: Path, dtype: torch.dtype, *, lora: Path | None = None, original: Path | None = None, pipeline: str = ""
+) -> Tensor:
     """What a stock pipeline's UNet computes from the probe, in a process without `bkd`."""
     with tempfile.TemporaryDirectory() as scratch:
         probe_file, answer_file = Path(scratch) / "probe.safetensors", Path(scratch) / "answer.safetensors"
         save_file(_probe(unet_config(folder)), probe_file)
-        command = [sys.executable, "-c", RELOAD_SCRIPT, str(folder.resolve())]
+        files = [str(file.resolve()) if file else "" for file in (lora, original)]
         finished = subprocess.run(
-            [*command, str(probe_file), str(answer_file), str(lora.resolve()) if lora else ""],
+            [sys.executable, "-c", RELOAD_SCRIPT, str(folder.resolve()), probe_file, answer_file, *files, pipeline],
             cwd=scratch,  # nothing in the user's folder can stand before an installed module
             input=f"{torch.get_num_threads()} {str(dtype).removeprefix('torch.')}",
             capture_output=True,
@@ -242,7 +276,7 @@ def _reloaded_output(folder: Path, dtype: torch.dtype, lora: Path | None = None)
         if finished.returncode:
             raise ModelError(
                 "what was written does not load in stock diffusers",
-                where=lora or folder,
+                where=lora or original or folder,
                 got=finished.stderr[-800:],
             )
         return load_file(answer_file)["output"]

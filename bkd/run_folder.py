@@ -234,6 +234,19 @@ def require_finished(run: RunFolder) -> None:
         )
 
 
+def finished_or_student(path: Path) -> RunFolder | None:
+    """The finished run that a path names; None where it is a student's own folder.
+
+    Raises:
+        BkdError: If it is neither, or the run may still change.
+    """
+    run = RunFolder(path)
+    if not run.facts_file.is_file() and (path / PLAN_FILE).is_file():
+        return None
+    require_finished(run)
+    return run
+
+
 def _refuse_own_teacher(run: RunFolder, recipe: Recipe) -> None:
     """Starting a run again must not delete the model it is to learn from."""
     teacher = Path(recipe.teacher.id).expanduser().resolve()

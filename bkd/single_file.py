@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,9 @@ from torch import nn
 from bkd.errors import ModelError
 from bkd.files import cache_folder, file_digest
 from bkd.model_folder import check_pipeline_folder, is_inpainting, is_sdxl, unet_config
+from bkd.original_layout import UNET
 from bkd.surgery.build import build_empty
 from bkd.unet_weights import DTYPES
-
-UNET_PREFIX = "model.diffusion_model."
 
 
 def import_single_file(path: Path, like: Path) -> Path:
@@ -52,7 +52,7 @@ def import_single_file(path: Path, like: Path) -> Path:
 
 def _convert(path: Path, like: Path, dtype: torch.dtype, folder: Path) -> None:
     try:
-        pipe = _pipeline_class(unet_config(like)).from_single_file(
+        pipe = pipeline_class(unet_config(like)).from_single_file(
             str(path), config=str(like), torch_dtype=dtype, local_files_only=True, safety_checker=None
         )
         # A tensor that the file lacks shows only now, as one without memory.
@@ -88,7 +88,7 @@ def check_single_file(path: Path, like: Path) -> torch.dtype:
     """
     try:
         with safe_open(path, framework="np") as file:
-            tensors = {key: file.get_slice(key) for key in file.keys() if key.startswith(UNET_PREFIX)}  # noqa: SIM118
+            tensors = {key: file.get_slice(key) for key in file.keys() if key.startswith(UNET)}  # noqa: SIM118
             found = sum(math.prod(tensor.get_shape()) for tensor in tensors.values())
             stored = {tensor.get_dtype() for tensor in tensors.values()}
     except Exception as error:
@@ -97,7 +97,7 @@ def check_single_file(path: Path, like: Path) -> torch.dtype:
         raise ModelError(
             "this file holds no UNet in the original layout",
             where=path,
-            allowed=f"tensors named '{UNET_PREFIX}…'; a LoRA or a diffusers weight file is not a whole model",
+            allowed=f"tensors named '{UNET}…'; a LoRA or a diffusers weight file is not a whole model",
         )
     expected = sum(p.numel() for p in build_empty(unet_config(like)).parameters())
     if expected != found:
@@ -111,6 +111,7 @@ def check_single_file(path: Path, like: Path) -> torch.dtype:
     return DTYPES.get(min(stored), torch.float32) if len(stored) == 1 else torch.float32
 
 
-def _pipeline_class(config: dict[str, Any]) -> Any:
+def pipeline_class(config: Mapping[str, Any]) -> Any:
+    """diffusers' class for a UNet's family; it reads and makes such files."""
     name = "StableDiffusionXL" if is_sdxl(config) else "StableDiffusion"
     return getattr(diffusers, f"{name}{'Inpaint' if is_inpainting(config) else ''}Pipeline")

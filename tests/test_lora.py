@@ -13,13 +13,13 @@ from bkd.errors import ModelError, OutputError, SurgeryError
 from bkd.inspection import lineage_of
 from bkd.lora.remap import remap_lora
 from bkd.models import load_pipeline
+from bkd.original_layout import unet_name
 from bkd.prune import plan_pruning, prune
 from bkd.surgery.build import build_empty, build_student
 from bkd.surgery.plan import Lineage, load_plan
 from bkd.surgery.probe import as_arguments, unet_inputs
 from bkd.surgery.unet import plan_removal
 from tests.conftest import SMALL_SDXL
-from tests.original_layout import unet_key
 
 TARGETS = ["to_q", "to_v", "conv1", "proj_in", "conv_in"]
 
@@ -186,7 +186,7 @@ def original_names(config):
     names = {}
     for module, _ in build_empty(config).named_modules():
         if module.endswith("to_q"):
-            original = unet_key(f"{module}.weight", config).removesuffix(".weight")
+            original = unet_name(f"{module}.weight", config).removesuffix(".weight")
             names[module] = f"lora_unet_{original.replace('.', '_')}"
     return names
 

@@ -14,13 +14,13 @@ from bkd.inspection import inspect_model
 from bkd.locate import locate
 from bkd.model_folder import check_pipeline_folder, model_digest, native_resolution
 from bkd.models import load_pipeline, load_unet
+from bkd.original_layout import original_tensors
 from bkd.proof import check_reload, check_tensors, probe_output
 from bkd.prune import plan_pruning
 from bkd.prune import prune as write_pruned
 from bkd.recipe.load import load_recipe
 from bkd.run import check_inputs
 from bkd.unet_weights import check_unet_weights, stored_dtype, weights_problem
-from tests.original_layout import save_original_layout
 
 
 def prune(teacher, name, blocks, output, **options):
@@ -322,7 +322,7 @@ def test_configurations_alone_are_enough_to_look(folder):
 def single_file(teacher_folder, tmp_path_factory):
     """The embedded pipeline as one file in the original layout."""
     path = tmp_path_factory.mktemp("single") / "shapes.safetensors"
-    save_original_layout(load_pipeline(teacher_folder, dtype=torch.float16), path)
+    save_file(original_tensors(load_pipeline(teacher_folder, dtype=torch.float16)), path)
     return path
 
 
@@ -338,13 +338,13 @@ def test_a_single_file_is_the_pipeline_it_was_made_from(single_file, teacher_fol
     assert locate(single_file, config="shapes", weights=False) == teacher_folder
 
 
-@pytest.mark.parametrize("family", ["sdxl", "inpaint"])
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "inpaint"])
 def test_single_files_of_other_families(family_folders, family, cache, tmp_path):
     from diffusers import DiffusionPipeline
 
     original = DiffusionPipeline.from_pretrained(family_folders[family], safety_checker=None)
     path = tmp_path / f"{family}.safetensors"
-    save_original_layout(original, path)
+    save_file(original_tensors(original), path)
     imported = DiffusionPipeline.from_pretrained(locate(path, config=family_folders[family]))
     assert type(imported) is type(original)
     for name, part in original.components.items():

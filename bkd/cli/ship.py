@@ -28,42 +28,77 @@ def report(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder, or .safetensors file for lora.")],
+    model: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or the folder of a student.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder, or .safetensors file for single-file and lora.")
+    ],
     kind: Annotated[
-        str, typer.Option("--format", help="pipeline: a stock folder, adapters merged; lora: a file of adapters.")
+        str,
+        typer.Option(
+            "--format",
+            help="pipeline: a stock folder, adapters merged; single-file: the original layout; lora: adapters.",
+        ),
     ] = "pipeline",
     dtype: Annotated[
-        Optional[str], typer.Option(help="Of a pipeline's weights: float32 (default), bfloat16 or float16.")
+        Optional[str], typer.Option(help="Of all but a LoRA's weights: float32 (default), bfloat16 or float16.")
     ] = None,
+    weights: Annotated[
+        str, typer.Option(help="ema: averaged, as the student has them; raw: those of the last step.")
+    ] = "ema",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output.")] = False,
 ) -> None:
-    """Hand on what a run made: a pipeline folder, or a LoRA file."""
-    from bkd.errors import ModelError, one_of
-    from bkd.run_folder import RunFolder, require_finished
+    """Hand on what a run made: a pipeline folder, a single file, or a LoRA file."""
+    from bkd.run_folder import finished_or_student
 
-    one_of(kind, ("pipeline", "lora"), kind="format", error=ModelError)
+    _check_wish(output, kind, dtype, weights)
+    finished_or_student(model)  # before imports that take seconds
+    prepare()
+    from bkd import export as exports
+    from bkd.guidance import StudentKind
+    from bkd.models import DTYPES
+    from bkd.run_folder import RunFolder
+
+    console.print("checking, writing and reloading …")
+    wanted, options = DTYPES[dtype or "float32"], {"raw": weights == "raw", "overwrite": overwrite}
+    if kind == "pipeline":
+        exports.export_pipeline(model, output, wanted, **options)
+        console.print(f"done: {output} is a stock diffusers pipeline folder")
+        _show_use(StudentKind.of(output), output / "scheduler")
+    elif kind == "single-file":
+        folder = exports.export_single_file(model, output, wanted, **options)
+        _show_readers(output, folder)
+        _show_use(StudentKind.of(folder), folder / "scheduler")
+    else:
+        used = exports.export_lora(model, output, **options)
+        console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(model).recipe().teacher.id}")
+        _show_use(used, model / "student" / "scheduler")
+
+
+def _check_wish(output: Path, kind: str, dtype: str | None, weights: str) -> None:
+    from bkd.errors import ModelError, one_of
+
+    one_of(kind, ("pipeline", "single-file", "lora"), kind="format", error=ModelError)
+    one_of(weights, ("ema", "raw"), kind="weights", error=ModelError)
+    if dtype is not None:
+        one_of(dtype, ("float32", "bfloat16", "float16"), kind="dtype", error=ModelError)
     if kind == "lora" and dtype is not None:
         raise ModelError("a LoRA file is float32, as its adapters were trained", where="--dtype", remedy="leave it out")
     if kind == "pipeline" and output.suffix == ".safetensors":
-        raise ModelError("a pipeline is a folder", where=f"-o {output}", remedy="another -o, or --format lora")
-    require_finished(RunFolder(run))  # before imports that take seconds
-    prepare()
-    from bkd.export import export_lora, export_pipeline
-    from bkd.guidance import StudentKind
-    from bkd.models import DTYPES
-
-    console.print("checking, writing and reloading …")
-    if kind == "pipeline":
-        export_pipeline(
-            RunFolder(run), output, DTYPES[one_of(dtype or "float32", DTYPES, kind="dtype")], overwrite=overwrite
+        raise ModelError(
+            "a pipeline is a folder", where=f"-o {output}", remedy="another -o, or --format single-file or lora"
         )
-        console.print(f"done: {output} is a stock diffusers pipeline folder")
-        _show_use(StudentKind.of(output), output / "scheduler")
-    else:
-        used = export_lora(RunFolder(run), output, overwrite=overwrite)
-        console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(run).recipe().teacher.id}")
-        _show_use(used, run / "student" / "scheduler")
+
+
+def _show_readers(file: Path, folder: Path) -> None:
+    """What loads a single file, and what does not."""
+    from bkd.model_folder import scheduler_config, unet_config
+    from bkd.other_tools import verdicts
+    from bkd.single_file import pipeline_class
+
+    config = unet_config(folder)
+    console.print(f"done: {pipeline_class(config).__name__}.from_single_file('{file}', config='{folder}')")
+    for verdict in verdicts(config, scheduler_config(folder).get("prediction_type", "epsilon")):
+        console.print(str(verdict))
 
 
 def _show_use(kind: StudentKind, scheduler: Path) -> None:
