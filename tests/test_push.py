@@ -1,15 +1,10 @@
 """`bkd push` to a Hub on this machine, over HTTP: the way there and back, what changed, and what goes wrong."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from bkd.cli.app import main
 from tests.hub_server import Repo, hub  # noqa: F401 - a fixture
 
 CARD = """---
@@ -39,7 +34,7 @@ def student(teacher_folder, tmp_path):
 
 
 @pytest.fixture
-def push(hub, student, monkeypatch, capsys):  # noqa: F811
+def push(bkd, hub, student, monkeypatch):  # noqa: F811
     """`bkd push`, in this process; answers with its exit code and everything it said."""
     from huggingface_hub import constants
 
@@ -50,15 +45,9 @@ def push(hub, student, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
     def run(*arguments, model=student, repo="ada/small"):
-        monkeypatch.setattr(sys, "argv", ["bkd", "push", str(model), "--repo", repo, *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        said = capsys.readouterr()
-        assert "SECRET" not in said.out + said.err
-        return code, said.out + said.err
+        code, said = bkd("push", model, "--repo", repo, *arguments)
+        assert "SECRET" not in said
+        return code, said
 
     return run
 
