@@ -14,6 +14,7 @@ from bkd.guidance import StudentKind, nearest_scale, passes_a_step
 from bkd.locate import locate
 from bkd.model_folder import prompt_length, unet_config
 from bkd.recipe.schema import Recipe
+from bkd.report.words import TIMES
 from bkd.run_folder import RunFolder
 from bkd.surgery.anatomy import read_anatomy
 from bkd.surgery.canvas import Canvas
@@ -49,7 +50,7 @@ class Model:
     @property
     def calls_text(self) -> str:
         """The same as steps times passes."""
-        return f"{self.steps} × {self.passes}" if self.steps else NONE
+        return f"{self.steps} {TIMES} {self.passes}" if self.steps else NONE
 
     @property
     def image_macs(self) -> int | None:

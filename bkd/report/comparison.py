@@ -12,9 +12,10 @@ from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import Gallery, Shot, strip
 from bkd.report.measurements import Measurement, Table, measurements
-from bkd.report.run_view import SUITE_TITLES, Files, RunView, large
-from bkd.report.speed_view import SpeedReport, view_speed
+from bkd.report.run_view import SUITE_TITLES, Files, RunView
+from bkd.report.speed_view import SpeedReport, SpeedView, view_speed
 from bkd.report.training import overlaid
+from bkd.report.words import large
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from markupsafe import Markup, escape
 
-from bkd.report.scale import Scale, short
+from bkd.report.scale import Scale
+from bkd.report.words import color_class, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 210, 52, 18, 12, 26
 WINDOW = 0.05
@@ -69,9 +70,9 @@ class Chart:
     stages: tuple[float, ...] = ()
 
     @property
-    def legend(self) -> tuple[tuple[int, str], ...]:
-        """Colour and label of each curve."""
-        return tuple(dict.fromkeys((series.color, series.label) for series in self.series))
+    def legend(self) -> tuple[tuple[str, str], ...]:
+        """Class of the colour, and label of each curve."""
+        return tuple(dict.fromkeys((color_class(series.color), series.label) for series in self.series))
 
     @property
     def last(self) -> str:
@@ -120,27 +121,28 @@ class Plot:
 def chart_svg(chart: Chart) -> Markup:
     """An SVG element."""
     plot = Plot.of(chart)
+    said = escape(f"{chart.title}: ends at {chart.last}")
     lines = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}: ends at {escape(chart.last)}">',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">',
         *_axes(plot, chart.stages),
     ]
     for series in chart.series:
         if series.noisy:
-            lines.append(plot.line(_thinned(series.points), f"raw s{series.color}"))
-        lines.append(plot.line(_every(series.mean, MAX_DRAWN), f"mean s{series.color}"))
+            lines.append(plot.line(_thinned(series.points), f"raw {color_class(series.color)}"))
+        lines.append(plot.line(_every(series.mean, MAX_DRAWN), f"mean {color_class(series.color)}"))
     return Markup(
         "".join([*lines, f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'])
     )
 
 
 def asked(chart: Chart) -> list[dict[str, object]]:
-    """What a reader can ask: for each curve its label and colour, and [x in the drawing, step, mean, raw value]."""
+    """What a reader can ask: for each curve its label, and [x in the drawing, step, mean, raw value]."""
     plot = Plot.of(chart)
     found = []
     for series in chart.series:
         both = list(zip(series.points, series.mean, strict=True))
         points = [[plot.x(step), step, short(mean), short(raw)] for (step, raw), (_, mean) in _every(both, MAX_ASKED)]
-        found.append({"label": series.label, "color": series.color, "noisy": series.noisy, "points": points})
+        found.append({"label": series.label, "noisy": series.noisy, "points": points})
     return found
 
 

@@ -12,8 +12,10 @@ BUDGET = 10_000_000
 """Bytes of all pictures; base64 makes four of three, and the page is to stay under 15 MB."""
 LOSSLESS_SIDE = 128
 """Pictures up to this side are kept exactly, where there is room."""
-QUALITIES = ((92, 1024), (85, 768), (80, 640), (75, 512), (65, 384), (50, 256), (30, 192))
-"""Quality of WebP and longest side, from what is wished for to what always has room."""
+QUALITY, SIDES = 85, (1024, 768, 640, 512, 384, 256, 192, 128, 96)
+"""Of WebP, and the longest sides to choose from."""
+USUAL_BYTES = 0.15
+"""Of a pixel at that quality; the side of all pictures follows from it, so that none looks better for its encoding."""
 
 
 class Embedded:
@@ -63,18 +65,20 @@ class Embedded:
 
 
 def _encoded(picture: Image.Image, allowance: int) -> tuple[bytes, bool]:
-    """A WebP file of at most so many bytes, the last of `QUALITIES` excepted; and whether it is exact."""
+    """A WebP file of at most so many bytes, if the last of `SIDES` allows; and whether it is exact."""
     if max(picture.size) <= LOSSLESS_SIDE and len(found := _webp(picture, lossless=True)) <= allowance:
         return found, True
-    for quality, side in QUALITIES:
+    for side in SIDES:
+        if side**2 * USUAL_BYTES > allowance and side != SIDES[-1]:
+            continue
         smaller = picture.copy()
         smaller.thumbnail((side, side), Image.Resampling.LANCZOS)
-        if len(found := _webp(smaller, quality=quality)) <= allowance:
+        if len(found := _webp(smaller, quality=QUALITY)) <= allowance:
             break
     return found, False
 
 
 def _webp(picture: Image.Image, **settings: object) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, format="WEBP", method=4, **settings)
+    picture.save(stream, format="WEBP", method=2, **settings)
     return stream.getvalue()

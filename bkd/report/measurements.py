@@ -12,6 +12,7 @@ from bkd.eval.drawing import Drawing
 from bkd.eval.shown import NONE, SPLIT_TITLES, own_samplers, relative, share
 from bkd.model_folder import read_json
 from bkd.report.rows import Row, RowChart, row_chart
+from bkd.report.words import TIMES
 
 Report = Mapping[str, Any]
 DISTANCES = (("fid", "FID"), ("kid", "KID"), ("inception_score", "IS"), ("clip_score", "CLIP score"))
@@ -137,8 +138,7 @@ def _measurements(report: Report) -> Iterator[Measurement]:
         return
     for split in settings["splits"]:
         title = f"Caption accuracy, {SPLIT_TITLES.get(split, 'split ' + split)}"
-        charts = (_accuracy_chart(models, split), _fid_chart(models, split))
-        found = tuple(chart for chart in charts if chart)
+        found = tuple(chart for chart in (_accuracy_chart(models, split), _fid_chart(models, split)) if chart)
         tables = (_shapes_table(models, split), _attributes_table(models, split))
         named = [("shapes-FID", model["splits"][split]["shapes_fid"]) for model in models]
         yield Measurement(
@@ -221,7 +221,7 @@ COST_COLUMNS = ("UNet parameters", "UNet calls", "UNet MACs an image")
 def _cost(model: Report) -> tuple[str, str, str]:
     steps, passes = model["num_inference_steps"], model["passes_a_step"]
     macs = model["unet_macs"] * steps * passes / 1e6
-    return f"{model['unet_parameters']:,}", f"{steps} × {passes}", f"{macs:,.0f} M"
+    return f"{model['unet_parameters']:,}", f"{steps} {TIMES} {passes}", f"{macs:,.0f} M"
 
 
 def _estimate(metric: Report) -> str:

@@ -19,7 +19,7 @@ from bkd.report.comparison import compare
 from bkd.report.curves import asked, chart_svg
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import MAX_FRAMES
-from bkd.report.run_view import large, read_files, view_run
+from bkd.report.run_view import read_files, view_run
 
 SUFFIXES = (".html", ".htm")
 
@@ -63,7 +63,7 @@ def render(runs: Sequence[Path]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"chart_svg": chart_svg, "asked": asked, "large": large}
+    environment.filters |= {"chart_svg": chart_svg, "asked": asked}
     style, script = _inline("page.css"), _inline("page.js")
     return environment.get_template("report.html").render(
         runs=views,

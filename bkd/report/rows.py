@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from bkd.report.scale import Scale, short
+from bkd.report.scale import Scale
+from bkd.report.words import color_class, short
 
 WIDTH, HEIGHT, MARGIN = 400, 22, 6
 
@@ -62,11 +63,11 @@ class RowChart:
     def drawing(self, row: Row) -> Markup:
         """An SVG element that stretches with its cell; the cell beside it says the same in words."""
         low, high, value = (_place(self.scale, number) for number in (row.low, row.high, row.value))
-        middle = HEIGHT / 2
-        bar = f'<rect x="{MARGIN}" y="3" width="{value - MARGIN:.1f}" height="16" class="bar s{row.color}"/>'
-        mark = f'<path d="M{value:.1f},3V19" class="mark s{row.color}"/>'
-        whisker = f'<path d="M{low:.1f},{middle}H{high:.1f}" class="whisker s{row.color}"/>'
-        parts = bar + whisker.replace(f" s{row.color}", "") if self.bars else whisker + mark
+        middle, color = HEIGHT / 2, color_class(row.color)
+        bar = f'<rect x="{MARGIN}" y="3" width="{value - MARGIN:.1f}" height="16" class="bar {color}"/>'
+        mark = f'<path d="M{value:.1f},3V19" class="mark {color}"/>'
+        whisker = f'<path d="M{low:.1f},{middle}H{high:.1f}" class="whisker {color}"/>'
+        parts = bar + whisker.replace(f" {color}", "") if self.bars else whisker + mark
         base = f'<path d="M{MARGIN},0V{HEIGHT}" class="axis"/>' if self.bars else ""
         return Markup(
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{base}{parts}</svg>'

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from bkd.errors import OutputError
+from bkd.eval.sheet import read_sheet
 from bkd.report.architecture import Architecture, architecture
 from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import Gallery, Shot, evaluation_gallery, sample_gallery, sample_shots
 from bkd.report.measurements import Measurement, Report, headline, measurements, read_evaluation
-from bkd.report.scale import short
 from bkd.report.speed_view import SpeedReport, SpeedView, read_speed, view_speed
 from bkd.report.training import Training, read_training, site_charts, term_charts
-from bkd.eval.sheet import read_sheet
+from bkd.report.words import MINUS, large
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE, load_plan
 
@@ -214,16 +214,8 @@ def _cards(known: Architecture, reports: Sequence[Report]) -> Iterator[Card]:
 def _change(name: str, before: int, after: int) -> Card:
     if abs(after / before - 1) < SMALL_CHANGE:
         return Card(name, large(after), f"teacher: {large(before)}")
-    sign = "−" if after < before else "+"
+    sign = MINUS if after < before else "+"
     return Card(name, f"{sign}{abs(1 - after / before):.1%}", f"{large(before)} → {large(after)}")
-
-
-def large(number: float) -> str:
-    """A count with a unit."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return short(number)
 
 
 def _origins(facts: dict[str, Any]) -> list[tuple[str, str]]:

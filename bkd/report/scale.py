@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 NUM_TICKS = 4
 
@@ -36,7 +36,7 @@ class Scale:
 
     def ticks(self) -> list[float]:
         """Round values on the axis, a handful."""
-        locators = [MaxNLocator(NUM_TICKS, steps=[1, 2, 5, 10])]
+        locators: list[Locator] = [MaxNLocator(NUM_TICKS, steps=[1, 2, 5, 10])]
         if self.logarithmic:
             locators = [LogLocator(subs=(1.0,), numticks=NUM_TICKS), LogLocator(subs=(1.0, 2.0, 5.0)), *locators]
         for locator in locators:
@@ -44,8 +44,3 @@ class Scale:
             if 2 <= len(found) <= 2 * NUM_TICKS:
                 break
         return found
-
-
-def short(value: float) -> str:
-    """A number for people, with three digits that matter."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -9,7 +9,7 @@ from typing import Any
 from bkd.errors import OutputError
 from bkd.model_folder import read_json
 from bkd.report.rows import Row, RowChart, row_chart
-from bkd.report.scale import short
+from bkd.report.words import TIMES, short
 from bkd.run_folder import RunFolder
 
 SpeedReport = Mapping[str, Any]
@@ -71,7 +71,7 @@ def _seconds(models: list[Mapping[str, Any]], name: str) -> RowChart | None:
 
 
 def _timed(case: Mapping[str, Any], place: int) -> str:
-    return f"{short(case['median_s'])} s" + (f" ({case['speed_up']:.2f} ×)" if place else "")
+    return f"{short(case['median_s'])} s" + (f" ({case['speed_up']:.2f} {TIMES})" if place else "")
 
 
 def _memory(models: list[Mapping[str, Any]], name: str) -> RowChart | None:
