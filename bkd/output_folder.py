@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bkd.card.files import CARD_FILE, CARD_FOLDER, is_written_card
 from bkd.errors import OutputError
 from bkd.files import require_writable
 from bkd.model_folder import parts_of
@@ -85,5 +86,7 @@ def check_output(teacher: Path, output: Path, *, overwrite: bool) -> None:
 def _foreign(student: Path) -> list[str]:
     """What somebody has put beside the files of a pruned student."""
     index = student / "model_index.json"
-    ours = {index.name, *(parts_of(student) if index.is_file() else ())}
+    ours = {index.name, CARD_FOLDER, *(parts_of(student) if index.is_file() else ())}
+    if is_written_card(student / CARD_FILE):
+        ours.add(CARD_FILE)
     return sorted(path.name for path in student.iterdir() if path.name not in ours and not path.name.startswith("bkd_"))

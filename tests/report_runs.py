@@ -58,7 +58,15 @@ def _log(stage):
     for step in range(1, 41):
         loss = math.exp(-step / 10) + 0.1 * (step % 3)
         sites = {"feature_kd_loss/down_blocks.0": loss, "feature_kd_loss/up_blocks.1": 2 * loss}
-        yield {"stage": stage, "step": step, "task_loss": loss, **sites, "total": 3 * loss, "lr": 1e-4, "grad_norm": 1.0}
+        yield {
+            "stage": stage,
+            "step": step,
+            "task_loss": loss,
+            **sites,
+            "total": 3 * loss,
+            "lr": 1e-4,
+            "grad_norm": 1.0,
+        }
 
 
 def add_picture(path, prompts=PROMPTS, models=("teacher", "student"), *, side=32, seed=0):

@@ -27,6 +27,7 @@ LAYERS = [
         "locate",
         "original_layout",
         "single_file",
+        "card.files",
         "other_tools",
         "data",
         "recipe",

@@ -342,7 +342,8 @@ def test_what_cannot_be_drawn_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "logarithmic"), [(0, 1, False), (3e-7, 2e-6, False), (0.5, 0.9, True), (1e-4, 30, True), (7, 7, True)]
+    ("low", "high", "logarithmic"),
+    [(0, 1, False), (3e-7, 2e-6, False), (0.5, 0.9, True), (1e-4, 30, True), (7, 7, True)],
 )
 def test_axes_have_a_handful_of_round_ticks(low, high, logarithmic):
     scale = Scale.around([low, high], logarithmic=logarithmic)

@@ -74,7 +74,9 @@ def pages(tmp_path_factory):
     many = make_run(root / "many", prompts=[f"prompt {number}" for number in range(10)])
     for step in range(10):
         models = ("teacher", "student") if step == 9 else (f"teacher {step}", "student")
-        add_picture(many.samples / f"00-step-{step:08d}.png", many.recipe().samples.prompts, models, side=512, seed=step)
+        add_picture(
+            many.samples / f"00-step-{step:08d}.png", many.recipe().samples.prompts, models, side=512, seed=step
+        )
     return {
         name: write_report([each.path for each in runs], root / f"{name}.html")
         for name, runs in {"one": [run], "several": [run, other], "hostile": [evil], "many": [many]}.items()
@@ -118,7 +120,12 @@ def test_every_picture_is_there_and_nothing_is_fetched(opened, name):
         "Promise.all(all.map((image) => image.decode())).then(() => done(all.length), (error) => done(String(error)))"
     )
     assert isinstance(loaded, int) and loaded >= 4
-    assert page.execute_script("return performance.getEntriesByType('resource').filter((e) => !e.name.startsWith('data:')).length") == 0
+    assert (
+        page.execute_script(
+            "return performance.getEntriesByType('resource').filter((e) => !e.name.startsWith('data:')).length"
+        )
+        == 0
+    )
 
 
 def test_hostile_words_are_words(opened):
@@ -147,7 +154,9 @@ def test_the_slider_changes_the_pictures_by_keyboard_mouse_and_buttons(opened):
     seen.append(state())
     assert [text for text, _ in seen] == ["step 30", "step 20", "step 10"]
     assert len({source for _, source in seen}) == 3 and teacher.get_attribute("src") == fixed
-    assert slider.get_attribute("aria-valuetext") == "step 10" and "training steps" in slider.get_attribute("aria-label")
+    assert slider.get_attribute("aria-valuetext") == "step 10" and "training steps" in slider.get_attribute(
+        "aria-label"
+    )
     slider.click()  # in its middle
     assert state() == seen[1]
     slider.send_keys("\ue010")  # end
@@ -245,7 +254,9 @@ def test_the_page_is_read_by_keyboard(opened):
     assert seen == ["back", "range", "on", "play"]
     for landmark in ("header", "nav[aria-label]", "main", "footer"):
         assert len(every(page, landmark)) == 1
-    assert page.execute_script("return [...document.querySelectorAll('section')].every((s) => document.getElementById(s.getAttribute('aria-labelledby')))")
+    assert page.execute_script(
+        "return [...document.querySelectorAll('section')].every((s) => document.getElementById(s.getAttribute('aria-labelledby')))"
+    )
 
 
 def test_without_scripts_the_page_can_still_be_read(opened, browser):

@@ -1,5 +1,9 @@
 """Where the card and what it shows lie: in the run's folder, in an exported student's, and in the repository."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 CARD_FILE = "README.md"
 CARD_FOLDER = "card"
 """Pictures, measurements and the recipe that the card speaks of."""
@@ -7,3 +11,8 @@ REPO_PLACEHOLDER = "NAMESPACE/NAME"
 """Stands in the card's example for the repository, until `bkd push` knows it."""
 DIGEST_KEY = "bkd_student_sha256"
 """In the card's head: of the weights that it was written for."""
+
+
+def is_written_card(path: Path) -> bool:
+    """Whether a card was written from a run, rather than by hand from the start."""
+    return path.is_file() and f"{DIGEST_KEY}: " in path.read_text(encoding="utf-8", errors="replace")

@@ -20,7 +20,9 @@ from bkd.card.training import data_sentence, settings_table
 from bkd.card.usage import usage
 from bkd.errors import OutputError
 from bkd.files import replace_file, write_atomically
-from bkd.model_folder import read_json
+from bkd.model_folder import read_json, scheduler_config, unet_config
+from bkd.original_layout import unexpressible
+from bkd.other_tools import verdicts
 from bkd.recipe.load import dump_recipe
 from bkd.report.measurements import measurements
 
@@ -78,6 +80,7 @@ def render_card(subject: Subject) -> str:
         settings=settings_table(public_recipe(recipe)),
         versions={"bkd": facts["bkd"], **facts["versions"]},
         teacher_digest=facts.get("teacher_digest", "unknown"),
+        tools=_other_tools(subject),
         citations=citations(recipe),
     )
 
@@ -87,6 +90,15 @@ def _pictures(subject: Subject) -> Iterator[tuple[str, bytes]]:
         yield "samples.png", subject.picture.read_bytes()
     if subject.built.drawing is not None and subject.built.removed:
         yield "removed.png", subject.built.drawing.png()
+
+
+def _other_tools(subject: Subject) -> list[str]:
+    """What tools besides diffusers do with the student as a single file."""
+    config = unet_config(subject.student)
+    if reasons := list(unexpressible(config)):
+        return [f"No other tools: a single file in the original layout cannot express it, for {reasons[0]}."]
+    predicts = scheduler_config(subject.student).get("prediction_type", "epsilon")
+    return [f"As a single file (`bkd export --format single-file`), {each}." for each in verdicts(config, predicts)]
 
 
 def _rows(subject: Subject) -> str:

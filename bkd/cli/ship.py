@@ -54,6 +54,7 @@ def export(
     finished_or_student(model)  # before imports that take seconds
     prepare()
     from bkd import export as exports
+    from bkd.card.carry import carry_card
     from bkd.guidance import StudentKind
     from bkd.models import DTYPES
     from bkd.run_folder import RunFolder
@@ -62,7 +63,8 @@ def export(
     wanted, options = DTYPES[dtype or "float32"], {"raw": weights == "raw", "overwrite": overwrite}
     if kind == "pipeline":
         exports.export_pipeline(model, output, wanted, **options)
-        console.print(f"done: {output} is a stock diffusers pipeline folder")
+        card = carry_card(model, output) if weights == "ema" else False
+        console.print(f"done: {output} is a stock diffusers pipeline folder" + ", with the run's card" * card)
         _show_use(StudentKind.of(output), output / "scheduler")
     elif kind == "single-file":
         folder = exports.export_single_file(model, output, wanted, **options)
