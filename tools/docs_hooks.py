@@ -23,14 +23,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put a page for each module under Reference, API."""
     reference = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
     reference[-1]["API"] = [
-        {package: [{module: _api_page(module)} for module in modules]} for package, modules in _modules().items()
+        {package: [{module.rpartition(".")[2]: _api_page(module)} for module in modules]}
+        for package, modules in _modules().items()
     ]
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Pages that are not files of docs/: the API, the changelog, and listings of files that pages link to."""
-    made = {_api_page(module): f"# {module}\n\n::: {module}\n" for names in _modules().values() for module in names}
+    made = {_api_page(module): f"::: {module}\n" for names in _modules().values() for module in names}
     made["changelog.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     for file in files.documentation_pages():
         for target in OUTSIDE.findall(file.content_string):
