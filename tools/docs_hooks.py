@@ -56,7 +56,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Equations as MathML, which browsers draw without a script."""
     html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _math(m[1], "inline"), html, flags=re.S)
-    return re.sub(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', lambda m: _math(m[1], "block"), html, flags=re.S)
+    return re.sub(
+        r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', lambda m: _math(m[1], "block"), html, flags=re.S
+    )
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
@@ -95,7 +97,7 @@ def _listing_page(source: Path) -> str:
 
 def _listing(source: Path) -> str:
     text, name = source.read_text(encoding="utf-8"), source.relative_to(ROOT)
-    return f"{UNLISTED}# {name}\n\n````{LANGUAGES.get(source.suffix, 'text')} linenums=\"1\"\n{text}````\n"
+    return f'{UNLISTED}# {name}\n\n````{LANGUAGES.get(source.suffix, "text")} linenums="1"\n{text}````\n'
 
 
 def _math(latex: str, display: Any) -> str:

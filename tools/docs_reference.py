@@ -41,21 +41,22 @@ SECTIONS: list[tuple[str, str, type]] = [
 RECIPE_INTRO = """# Recipe reference
 
 A recipe is a YAML file that says only what differs from the defaults below; a packaged one is a good start
-([recipes](../../recipes/shapes/sd-small.yaml)). Unknown keys, wrong types and values out of range are errors, listed all
-at once, before anything loads. On the command line any key is changed by its path, with a stage's number in it:
+([recipes](../../recipes/shapes/sd-small.yaml)). Unknown keys, wrong types and values out of range are errors,
+listed all at once, before anything loads. On the command line any key is changed by its path, with a stage's number
+in it:
 
 ```sh
 bkd train shapes/sd-small train.lr=1e-3 stages.0.method.loss.feature_kd=0.5 --dry-run
 ```
 
-`--dry-run` prints the whole recipe as it was understood. Empty defaults mean "not given". Keys with a * may change when a
-run is continued: they do not affect the trained weights. Numbers and booleans are those of YAML 1.2 (`1e-4` is a number,
-`no` is a word). A value of `"???"` must be given on the command line.
+`--dry-run` prints the whole recipe as it was understood. Empty defaults mean "not given". Keys with a * may change
+when a run is continued: they do not affect the trained weights. Numbers and booleans are those of YAML 1.2 (`1e-4`
+is a number, `no` is a word). A value of `"???"` must be given on the command line.
 """
 COMMANDS_INTRO = """# Command line reference
 
-What `--help` says of each verb. A user's error ends with exit code 1 and says what, where, what was found, what is allowed
-and what to do; a wrong option ends with 2; `bkd train` stopped on request, with everything saved, with 75.
+What `--help` says of each verb. A user's error ends with exit code 1 and says what, where, what was found, what is
+allowed and what to do; a wrong option ends with 2; `bkd train` stopped on request, with everything saved, with 75.
 """
 
 
@@ -137,7 +138,12 @@ def _type_words(hint: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or value == "" or is_dataclass(value) or (isinstance(value, tuple) and value and is_dataclass(value[0])):
+    if (
+        value is None
+        or value == ""
+        or is_dataclass(value)
+        or (isinstance(value, tuple) and value and is_dataclass(value[0]))
+    ):
         return ""
     if isinstance(value, float):
         return f"`{value:g}`"
@@ -165,7 +171,11 @@ def _verb(path: str, command: Any) -> str:
     arguments = [_name(each) if each.required else f"[{_name(each)}]" for each in named if _bare(each)]
     usage = " ".join([path, *arguments, *["[OPTIONS]"][: len(named)]])
     rows = ["| | | default |", "|---|---|---|", *(_parameter_row(each) for each in named)] if named else []
-    return f"## {path}\n\n{' '.join(inspect.cleandoc(command.help or '').split())}\n\n    {usage}\n\n" + "\n".join(rows) + "\n"
+    return (
+        f"## {path}\n\n{' '.join(inspect.cleandoc(command.help or '').split())}\n\n    {usage}\n\n"
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 def _bare(parameter: Any) -> bool:
