@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Literal
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,6 +16,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)")
+INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
+BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "sh"}
 UNLISTED = "---\nsearch: {exclude: true}\n---\n\n"
 
@@ -53,12 +56,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return OUTSIDE.sub(replaced, markdown)
 
 
-def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Equations as MathML, which browsers draw without a script."""
-    html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: _math(m[1], "inline"), html, flags=re.S)
-    return re.sub(
-        r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', lambda m: _math(m[1], "block"), html, flags=re.S
-    )
+    content = INLINE.sub(lambda match: _math(match[1], "inline"), content)
+    return BLOCK.sub(lambda match: _math(match[1], "block"), content)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
@@ -100,6 +101,5 @@ def _listing(source: Path) -> str:
     return f'{UNLISTED}# {name}\n\n````{LANGUAGES.get(source.suffix, "text")} linenums="1"\n{text}````\n'
 
 
-def _math(latex: str, display: Any) -> str:
-    unescaped = latex.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    return convert(unescaped, display=display)
+def _math(latex: str, display: Literal["block", "inline"]) -> str:
+    return convert(html.unescape(latex), display=display)
