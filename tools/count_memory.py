@@ -1,6 +1,6 @@
 """Memory of a training step of the recipes for SD 1.5, counted from configurations as `bkd train --dry-run` counts it.
 
-    python tools/count_memory.py [--images 1 4 8 16 32] [key=value …]
+    python tools/count_memory.py [key=value …] [--images 1 4 8 16 32 64]
 
 A Markdown table: GiB of tensors by recipe and images in a pass. No model is needed.
 """
@@ -26,7 +26,7 @@ RECIPES = ("sd-small", "sd-tiny", "bk-base", "bk-small", "bk-tiny", "guided", "s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
     args, overrides = parser.parse_known_args()
     prepare()
     print("| images a pass |", " | ".join(map(str, args.images)), "|")
