@@ -74,8 +74,9 @@ check: $(INSTALLED)  ## lint and type-check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# Without --quiet, which would hide warnings from --strict as well.
 docs: $(INSTALLED)  ## build the documentation into site/; fails on a broken link
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@echo "open site/index.html"
 
 clean:  ## remove the environment; runs stay
