@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/installed
 OVERRIDES := $(if $(DATA),'data.shards=$(DATA)') $(if $(TEACHER),'teacher.id=$(TEACHER)') $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-small train-tiny results gates test test-slow test-integration check clean
+.PHONY: help install train-small train-tiny results gates test test-slow test-integration check docs clean
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=sd15 DATA='shards/{00000..00099}.tar' TEACHER=id-or-folder]"
@@ -73,6 +73,11 @@ check: $(INSTALLED)  ## lint and type-check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# Without --quiet, which would hide warnings from --strict as well.
+docs: $(INSTALLED)  ## build the documentation into site/; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "open site/index.html"
 
 clean:  ## remove the environment; runs stay
 	rm -rf $(VENV)

@@ -39,10 +39,10 @@ class Data:
         shards: `shapes` (the embedded world), or tars: a file, folder, glob, brace pattern or address. A folder that
             `bkd data cache` wrote is taken as it is.
         caption: `txt` for KEY.txt, or `json:FIELD` for a field of KEY.json.
-        filters: Metadata field -> what it must be, such as `aesthetic: '>= 6.5, missing drop'`.
+        filters: Metadata field -> what it must be, such as `aesthetic: '>= 6.5, missing drop'`; see docs/data.md.
         mirror: Whether every other draw of an image is mirrored; never where the caption says left or right.
         shuffle_shards: Shards whose samples are shuffled together.
-        remote_cache_gib: Bound of the local copies of remote shards; twice `shuffle_shards` of them should fit.
+        remote_cache_gib: Bound of the local copies of remote shards, in GiB; twice `shuffle_shards` of them should fit.
         resolution: Side of the training images in pixels; the teacher's own when not given.
         cache_dir: Where latents are kept; `$BKD_CACHE` or `~/.cache/bkd` when not given.
     """
@@ -73,7 +73,7 @@ class Train:
         weight_decay: Decoupled with AdamW, an L2 penalty with SGD.
         betas: Of AdamW.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-        ema: Decay of the averaged weights that become the student; 0 to use the last weights.
+        ema: Decay, per step, of the averaged weights that become the student; 0 to use the last weights.
         prompt_dropout: Share of captions replaced by the empty prompt, so that guidance keeps working.
         mixed_precision: Of the forward passes; trained weights stay float32, the teacher takes this dtype.
         compile: Whether teacher and student are compiled; minutes at the start, faster steps on a GPU.
@@ -82,10 +82,10 @@ class Train:
         parallel: How several processes share the work: as copies, or with both networks in shards; `auto` follows the
             configuration of `accelerate launch`.
         max_skipped_steps: So many steps in a row without a finite gradient end the run.
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many to keep.
-        log_every: Steps between lines in metrics.jsonl.
-        samples_every: Steps between validation pictures; 0 for one at the end.
+        checkpoint_every: Optimizer steps between checkpoints.
+        keep_checkpoints: How many checkpoints to keep, the newest ones.
+        log_every: Optimizer steps between lines in metrics.jsonl.
+        samples_every: Optimizer steps between validation pictures; 0 for none but those at the end.
         trackers: Where metrics go besides metrics.jsonl; TensorBoard only when it is installed.
     """
 
@@ -120,7 +120,7 @@ class Samples:
     """Pictures drawn for people to look at, and how evaluation draws.
 
     Attributes:
-        prompts: Validation prompts.
+        prompts: Validation prompts, a picture each; none are drawn without.
         num_inference_steps: Denoising steps.
         guidance_scale: Of classifier-free guidance; 1 for none.
     """
@@ -137,7 +137,11 @@ class Recipe:
 
     Attributes:
         seed: Of data order, noise, timesteps and dropout.
+        teacher: The model to distil from, or to fine-tune.
+        data: The images and captions to train on.
+        train: How to optimise; a stage may have settings of its own.
         stages: What is trained, in order; the teacher of each but the first is the student of the one before.
+        samples: Pictures drawn for people to look at, and how evaluation draws.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN

@@ -109,7 +109,7 @@ class GuidedLoss:
     Attributes:
         output_kd: Weight of the error against the teacher's guided output.
         feature_kd: Weight of the errors against the activations of the teacher's conditional pass.
-        balancing: As in `Loss`.
+        balancing: `teacher-power` divides each site's error by the teacher's power there (arXiv:2404.11098).
         weighting: `truncated-snr` weighs an error of the clean latents by max(SNR, 1) (arXiv:2202.00512).
     """
 
@@ -128,8 +128,8 @@ class Guided:
         guidance_scale: The range `[low, high]` that the student is told a scale of, by an input of its own; or one
             scale that it always has (arXiv:2312.06899), without an input.
         loss: The terms and their weights.
-        sites: Where features are compared; as in `Kd`.
-        prediction_type: Of the student, where it is to be another than the teacher's.
+        sites: Where features are compared: `block`, `bk`, `layer` or `self-attn`; see docs/losses.md.
+        prediction_type: What the student predicts, where that is to be something else than its teacher does.
         negative_prompt: What the teacher's other pass is told; the empty prompt when not given.
         joint_teacher_passes: Whether the teacher computes both in one batch, or, with less memory, one after the other.
     """
@@ -172,7 +172,7 @@ class Finetune:
     """Plain training on the data, without a teacher: the student learns what the images look like.
 
     Attributes:
-        min_snr_gamma: As in `Loss`.
+        min_snr_gamma: Min-SNR weighting of the loss (arXiv:2303.09556); 0 for none, 5 in the paper.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
@@ -192,7 +192,7 @@ class Halving:
         sampler: `deterministic`: DDIM. `stochastic`: after the last halving the student also learns double steps from
             all M points, and is sampled with M steps of which each goes two ahead and, with fresh noise, one back.
         direction: `generation`, or `inversion`: from an image to the noise that it would be drawn from.
-        prediction_type: Of the student, where it is to be another than the teacher's.
+        prediction_type: What the student predicts, where that is to be something else than its teacher does.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
@@ -250,14 +250,14 @@ class StageTrain:
     """What a stage has its own of; the recipe's `train` says the rest, and explains each.
 
     Attributes:
-        batch: As in `train`, and so are the others.
-        grad_accum: See there.
-        lr: See there.
-        lr_schedule: See there; it begins anew with the stage.
-        warmup_steps: See there.
-        max_steps: See there; of each halving, where a stage stands for several.
-        ema: See there.
-        prompt_dropout: See there.
+        batch: Images per optimizer step.
+        grad_accum: Passes the batch is split into.
+        lr: Peak learning rate.
+        lr_schedule: After the warm-up; it begins anew with the stage.
+        warmup_steps: Optimizer steps of linear warm-up.
+        max_steps: Optimizer steps of the stage; of each halving, where a stage stands for several.
+        ema: Decay, per step, of the averaged weights.
+        prompt_dropout: Share of captions replaced by the empty prompt.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID_UNKNOWN
@@ -280,8 +280,8 @@ class Stage:
     """One step of a recipe, which ends in a usable student; the next stage's teacher is this one.
 
     Attributes:
-        student: The network.
-        method: What it learns.
+        student: The network to train.
+        method: What it learns: `kd`, `guided`, `halving` or `finetune`.
         lora: Adapters to train in place of the network's own weights.
         train: Where it is trained otherwise than the recipe's other stages.
     """
