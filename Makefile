@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/installed
 OVERRIDES := $(if $(DATA),'data.shards=$(DATA)') $(if $(TEACHER),'teacher.id=$(TEACHER)') $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-small train-tiny results gates test test-slow test-integration check docs clean
+.PHONY: help install train-small train-tiny results gates test test-slow test-integration check docs audit dist clean
 
 help:  ## show this list
 	@echo "make TARGET [SCALE=sd15 DATA='shards/{00000..00099}.tar' TEACHER=id-or-folder]"
@@ -78,6 +78,14 @@ check: $(INSTALLED)  ## lint and type-check
 docs: $(INSTALLED)  ## build the documentation into site/; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 	@echo "open site/index.html"
+
+audit:  ## known advisories of the installed packages; asks the package index
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet pip-audit
+	.audit/bin/pip-audit --path $$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+dist: $(INSTALLED)  ## wheel and source archive, in dist/
+	$(VENV)/bin/python -m build --no-isolation
 
 clean:  ## remove the environment; runs stay
 	rm -rf $(VENV)

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ GUIDES = [
     ROOT / "bkd/assets/shapes/README.md",
 ]
 EVERY_PAGE = [*GUIDES, *sorted(FOLDER.glob("*.md")), ROOT / "CHANGELOG.md"]
-HOSTS = {"github.com", "laion.ai", "download.pytorch.org", "keepachangelog.com", "semver.org"}
+HOSTS = {"github.com", "huggingface.co", "laion.ai", "download.pytorch.org", "keepachangelog.com", "semver.org"}
 
 
 def named(pages):
@@ -98,6 +99,15 @@ def test_links_lead_somewhere(page):
 @named(EVERY_PAGE)
 def test_links_go_to_known_hosts(page):
     assert set(re.findall(r"https?://([\w.-]+\w)", page.read_text())) <= HOSTS
+
+
+def test_every_asset_has_its_origin_stated():
+    stated = re.findall(r"`([\w./*-]+)`", (ROOT / "docs" / "origins.md").read_text())
+    patterns = [*stated, *(f"docs/images/{name}" for name in stated)]
+    for kind in ("png", "svg", "csv", "safetensors", "json"):
+        for asset in (*(ROOT / "docs").rglob(f"*.{kind}"), *(ROOT / "bkd").rglob(f"*.{kind}")):
+            name = asset.relative_to(ROOT).as_posix()
+            assert any(fnmatch(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns), name
 
 
 @named(EVERY_PAGE)

@@ -19,7 +19,6 @@ app = typer.Typer(
     name="bkd",
     help="Take a Stable Diffusion model you trust and make a smaller, faster one that is yours.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
