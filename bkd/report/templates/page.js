@@ -136,8 +136,5 @@ all("img[data-picture]:not([src])", (image) => { image.src = source(image.datase
 all(".gallery:has(.slider)", startSlider);
 all("figure.chart", startChart);
 all("button.copy", startCopy);
-addEventListener("beforeprint", () => {
-  all("details", (details) => { details.open = true; });
-  all("img", (image) => { image.loading = "eager"; });
-});
+addEventListener("beforeprint", () => all("details", (details) => { details.open = true; }));
 performance.mark("interactive");
