@@ -18,6 +18,7 @@ from bkd.cli.app import main
 from bkd.locate import locate
 from bkd.models import load_pipeline
 from tests.remote_server import server  # noqa: F401 - a fixture
+from tests.report_runs import many_page  # noqa: F401 - a fixture
 from tools.architectures import SD1, SDXL
 
 SD2 = {**SD1, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}

@@ -7,12 +7,14 @@ import math
 import shutil
 
 import numpy as np
+import pytest
 import torch
 
 from bkd.eval.pictures import save_side_by_side
 from bkd.files import write_atomically
 from bkd.locate import locate
 from bkd.recipe.load import dump_recipe, load_recipe
+from bkd.report.page import write_report
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.unet import plan_removal
@@ -21,6 +23,7 @@ PROMPTS = ("a large red square", "a small blue circle")
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'
 VERSIONS = {"torch": "2.15.0", "diffusers": "0.42.1"}
 TEACHER_DIGEST = "b" * 64
+NOISE = np.random.default_rng(0).normal(0, 6, (512, 512))
 
 
 def make_run(path, recipe="shapes/sd-tiny", *, prompts=PROMPTS, status="done", **facts):
@@ -69,10 +72,10 @@ def _log(stage):
         }
 
 
-def add_picture(path, prompts=PROMPTS, models=("teacher", "student"), *, side=32, seed=0):
-    """A comparison picture of patterns; the first model's are the same for every seed."""
+def add_picture(path, prompts=PROMPTS, models=("teacher", "student"), *, side=32, seed=0, first=0):
+    """A comparison picture of patterns; the first model's have a seed of their own."""
     drawn = {
-        model: torch.stack([pattern(side, 0 if row == 0 else seed + row, column) for column in range(len(prompts))])
+        model: torch.stack([pattern(side, first if row == 0 else seed + row, column) for column in range(len(prompts))])
         for row, model in enumerate(models)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,10 +85,11 @@ def add_picture(path, prompts=PROMPTS, models=("teacher", "student"), *, side=32
 def pattern(side, seed, column):
     """(3, side, side), uint8: waves with a little noise, about as hard to compress as a photograph."""
     rng = np.random.default_rng([seed, column])
-    x, y = np.meshgrid(np.arange(side), np.arange(side))
-    waves = [np.sin(x / rng.uniform(4, 40) + rng.uniform(0, 6)) + np.cos(y / rng.uniform(4, 40)) for _ in range(3)]
-    noisy = 127 + 55 * np.stack(waves) + rng.normal(0, 6, (1, side, side))
-    return torch.from_numpy(noisy.clip(0, 255).astype(np.uint8))
+    noise = np.roll(NOISE, rng.integers(0, 512, 2), axis=(0, 1))[:side, :side]
+    places = np.arange(side)
+    across, down = (np.sin(places / rng.uniform(4, 40, (3, 1)) + rng.uniform(0, 6, (3, 1))) for _ in range(2))
+    drawn = 127 + 50 * (across[:, None, :] + down[:, :, None]) + noise
+    return torch.from_numpy(drawn.clip(0, 255).astype(np.uint8))
 
 
 def add_evaluation(run, names=("teacher", "student"), *, digests=None, correct=(40, 38), device="cpu"):
@@ -143,3 +147,13 @@ def add_speed(run, names=("teacher", "student")):
     ]
     report = {"device": "cpu, 2 threads", "versions": VERSIONS, "settings": {"rounds": 2}, "models": models}
     write_atomically(run.speed_file, json.dumps(report))
+
+
+@pytest.fixture(scope="session")
+def many_page(tmp_path_factory):
+    """The page of a run with 200 pictures of 512 px, no two alike."""
+    run = make_run(tmp_path_factory.mktemp("many") / "many", prompts=[f"prompt {number}" for number in range(10)])
+    for step in range(10):
+        name = f"00-step-{step:08d}.png"
+        add_picture(run.samples / name, run.recipe().samples.prompts, side=512, seed=step, first=100 + step)
+    return write_report([run.path], run.path)

@@ -224,8 +224,8 @@ def test_models_of_different_steps_are_measured_side_by_side(bkd, chain, tmp_pat
     page = (chain / "report.html").read_text()
     titles = ["sd-tiny by kd", "all blocks by guided", "halving 16 to 8 steps", "halving 8 to 4 steps"]
     assert all(f"Stage {number} of 4: {title}" in page for number, title in enumerate(titles, 1))
-    assert page.count("removed: ") == 1 and page.count("halving_loss</figcaption>") == 2
-    assert page.count('alt="validation prompts') == 4 and "student in stages/02-halving-8/student" in page
+    assert page.count("removed: ") == 1 and page.count("<strong>halving_loss</strong>") == 1
+    assert page.count("stage 4 of 4") > 0 and "<td>stages/02-halving-8/student</td>" in page
 
 
 def test_another_sampler_for_a_model_of_any_number_of_steps(bkd, tmp_path):

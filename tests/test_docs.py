@@ -23,7 +23,15 @@ GUIDES = [
     ROOT / "bkd/assets/shapes/README.md",
 ]
 EVERY_PAGE = [*GUIDES, *sorted(FOLDER.glob("*.md")), ROOT / "CHANGELOG.md"]
-HOSTS = {"arxiv.org", "github.com", "huggingface.co", "laion.ai", "download.pytorch.org", "keepachangelog.com", "semver.org"}
+HOSTS = {
+    "arxiv.org",
+    "github.com",
+    "huggingface.co",
+    "laion.ai",
+    "download.pytorch.org",
+    "keepachangelog.com",
+    "semver.org",
+}
 
 
 def named(pages):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 
 import pytest
@@ -17,8 +16,6 @@ from bkd.edit import Editor
 from bkd.errors import ModelError
 from bkd.few_steps import FewSteps, few_steps
 from bkd.guidance import OnePassGuidance, StudentKind, one_pass_guidance
-from bkd.report.stages import _picture, data_url
-from bkd.run_folder import RunFolder
 from bkd.sampling import InversionScheduler, StochasticScheduler
 from bkd.surgery.plan import PLAN_FILE
 from tests.test_cli_halving import copied
@@ -227,16 +224,3 @@ def test_samplers_are_made_of_other_schedulers_configurations_without_a_word(cap
     for kind in (StochasticScheduler, InversionScheduler):
         assert kind.from_config(config).config.prediction_type == "epsilon"
     assert set(caplog.messages) == {"heard"}
-
-
-def test_the_newest_picture_of_a_stage_is_shown(tmp_path):
-    """Of a stage that is trained anew, the last picture of the earlier training is older."""
-    run = RunFolder(tmp_path)
-    run.samples.mkdir()
-    for age, name in enumerate(["00-step-000200.png", "00-step-000100.png", "00-final.png", "01-final.png"]):
-        (run.samples / name).write_bytes(name.encode())
-        os.utime(run.samples / name, (1000 - age, 1000 - age))
-    assert _picture(run, 0) == data_url(run.samples / "00-step-000200.png")
-    os.utime(run.samples / "00-final.png", (1000, 1000))
-    assert _picture(run, 0) == data_url(run.samples / "00-final.png")
-    assert _picture(run, 2) is None

@@ -20,7 +20,7 @@ def report(
         Optional[Path], typer.Option("-o", "--output", help="HTML file; default RUN/report.html.")
     ] = None,
 ) -> None:
-    """Write one page: pictures, loss curves, tables and commands."""
+    """Write one page that needs nothing else: pictures, curves, figures and commands of a run, or of several."""
     from bkd.report.page import write_report
 
     written = write_report(runs, output or runs[0] / "report.html")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,17 +172,30 @@ def _shape(sheet: Sheet | None) -> object:
     return (sheet.models, sheet.prompts) if sheet else None
 
 
-def evaluation_gallery(title: str, shot: Shot, embedded: Embedded) -> Gallery:
-    """The first prompts of an evaluation, of all its models; with many models, of the first and one other."""
+def evaluation_gallery(title: str, shot: Shot, embedded: Embedded, calls: Mapping[str, str]) -> Gallery:
+    """The first prompts of an evaluation, of all its models; with many models, of the first and one other.
+
+    Args:
+        title: Of the suite.
+        shot: Its picture.
+        embedded: The page's pictures.
+        calls: UNet calls an image of each model, in words.
+    """
     frame = shot.frame(embedded)
     prompts = shot.sheet.prompts if shot.sheet else ("",)
     models = shot.sheet.models if shot.sheet else ("",)
     if len(models) <= MAX_ABREAST:
         return Gallery(title, "", prompts, (frame,))
     frames = tuple(
-        Frame(model, tuple((tiles[0], tiles[row]) for tiles in frame.tiles)) for row, model in enumerate(models) if row
+        Frame(_called(model, calls), tuple((tiles[0], tiles[row]) for tiles in frame.tiles))
+        for row, model in enumerate(models)
+        if row
     )
-    return Gallery(title, "models", prompts, frames)
+    return Gallery(title, "models and their sampling steps", prompts, frames)
+
+
+def _called(model: str, calls: Mapping[str, str]) -> str:
+    return f"{model}: {calls[model]} UNet calls an image" if model in calls else model
 
 
 def strip(shots: Sequence[tuple[str, Shot]], embedded: Embedded) -> Gallery | None:

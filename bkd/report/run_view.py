@@ -14,7 +14,7 @@ from bkd.report.architecture import Architecture, architecture
 from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import Gallery, Shot, evaluation_gallery, sample_gallery, sample_shots
-from bkd.report.measurements import Measurement, Report, headline, measurements, read_evaluation
+from bkd.report.measurements import Measurement, Report, calls_of, headline, measurements, read_evaluation
 from bkd.report.speed_view import SpeedReport, SpeedView, read_speed, view_speed
 from bkd.report.training import Training, read_training, site_charts, term_charts
 from bkd.report.words import MINUS, large
@@ -163,7 +163,10 @@ def view_run(files: Files, embedded: Embedded) -> RunView:
     """All that is shown of a run; its pictures go into the page's."""
     run = files.run
     samples = sample_gallery(files.samples, embedded, stages=len(files.stages))
-    shown = [evaluation_gallery(SUITE_TITLES[suite], shot, embedded) for suite, shot in files.pictures.items()]
+    shown = [
+        evaluation_gallery(SUITE_TITLES[suite], shot, embedded, _calls(files.evaluations.get(suite)))
+        for suite, shot in files.pictures.items()
+    ]
     known, reports = architecture(run), list(files.evaluations.values())
     return RunView(
         files=files,
@@ -178,6 +181,10 @@ def view_run(files: Files, embedded: Embedded) -> RunView:
         command=str(files.facts.get("command", f"bkd train {run.recipe_file}")),
         origins=tuple(_origins(files.facts)),
     )
+
+
+def _calls(report: Report | None) -> dict[str, str]:
+    return {model["name"]: calls_of(model) for model in report["models"]} if report else {}
 
 
 def _stages(run: RunFolder, facts: dict[str, Any]) -> tuple[Stage, ...]:
