@@ -168,6 +168,13 @@ def test_what_lasts_is_said_and_nothing_shows(push, hub, method, path, fault, me
     assert push()[0] == 0
 
 
+def test_a_commit_whose_answer_got_lost_counts_as_sent(push, hub):  # noqa: F811
+    hub.fail("POST", "commit", "cut after")
+    code, said = push()
+    assert code == 0 and "12 files sent, 0 unchanged" in said
+    assert len(hub.repos["model"]["ada/small"].messages) == 1
+
+
 def test_an_interrupted_upload_sends_the_rest(push, hub):  # noqa: F811
     hub.fail("POST", "commit", *["cut"] * 1000)
     assert push()[0] == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +22,7 @@ T = TypeVar("T")
 NAME = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 REPO = re.compile(f"{NAME}/{NAME}")
 TRIES, FIRST_WAIT_SECONDS = 5, 1.0
+SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True)
@@ -152,38 +153,45 @@ class Push:
 
     def _commit(self) -> Pushed:
         """Send what differs until the Hub has it, and never twice."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-
-        target = self._target
+        sent = _Difference((), ())
         for attempt in range(TRIES):
             head, there = self._ask("reading what is there", self._head)
-            changed, removed = differences(self._files, there)
-            unchanged = len(self._files) - len(changed)
-            if not changed and not removed:
-                url = f"{self._api.endpoint}/{target.repo}/tree/{target.revision or 'main'}"
-                return Pushed(url, (), (), unchanged)
-            self._phase(f"uploading {len(changed)} files, {sum(file.size for file in changed) / 2**20:,.1f} MiB")
-            operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
-                *(CommitOperationAdd(file.name, file.content) for file in changed),
-                *(CommitOperationDelete(name) for name in removed),
-            ]
+            found = differences(self._files, there)
+            if not found:  # also when an earlier attempt arrived, and its answer did not
+                url = f"{self._api.endpoint}/{self._target.repo}/tree/{self._target.revision or 'main'}"
+                return self._pushed(url, sent)
+            sent = found
             try:
-                made = self._api.create_commit(
-                    target.repo,
-                    operations,
-                    commit_message=self._message,
-                    revision=target.revision,
-                    create_pr=target.pull_request,
-                    parent_commit=head,
-                )
+                return self._pushed(self._send(found, head), found)
             except Exception as error:  # the client raises a dozen kinds
                 if attempt == TRIES - 1 or not self._may_repeat(error):
                     raise self._explained(error, "uploading") from error
                 self._wait(attempt, error)
-            else:
-                where = made.pr_url if target.pull_request else made.commit_url
-                return Pushed(str(where), tuple(file.name for file in changed), tuple(removed), unchanged)
         raise AssertionError("the last attempt returns or raises")
+
+    def _send(self, found: _Difference, head: str) -> str:
+        """One commit on top of another; where to see it."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+        size = sum(file.size for file in found.changed) / 2**20
+        self._phase(f"uploading {len(found.changed)} files, {size:,.1f} MiB")
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+            *(CommitOperationAdd(file.name, file.content) for file in found.changed),
+            *(CommitOperationDelete(name) for name in found.removed),
+        ]
+        made = self._api.create_commit(
+            self._target.repo,
+            operations,
+            commit_message=self._message,
+            revision=self._target.revision,
+            create_pr=self._target.pull_request,
+            parent_commit=head,
+        )
+        return str(made.pr_url if self._target.pull_request else made.commit_url)
+
+    def _pushed(self, url: str, sent: _Difference) -> Pushed:
+        names = tuple(file.name for file in sent.changed)
+        return Pushed(url, names, sent.removed, len(self._files) - len(names))
 
     def _head(self) -> tuple[str, dict[str, str]]:
         """The newest commit, and for each of its files how it is known: SHA-256, or git's number of a small one."""
@@ -235,28 +243,34 @@ class Push:
         return found
 
 
-def differences(files: Sequence[RepoFile], there: dict[str, str]) -> tuple[list[RepoFile], list[str]]:
-    """What must be sent, and which files of an earlier student must go, so that nobody loads half of each.
+@dataclass(frozen=True)
+class _Difference:
+    """What must be sent, and what must go."""
+
+    changed: tuple[RepoFile, ...]
+    removed: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.changed or self.removed)
+
+
+def differences(files: Sequence[RepoFile], there: Mapping[str, str]) -> _Difference:
+    """What a repository lacks, and which files of an earlier student must go, so that nobody loads half of each.
 
     Args:
-        files: What the repository is to hold.
+        files: What it is to hold.
         there: Its files, each with its SHA-256 or git's number.
 
     Returns:
         Files to send; and names to remove, which lie in the folders of parts that are sent, and nowhere else.
     """
-    changed = [file for file in files if there.get(file.name) not in _ids(file, there)]
     ours = {file.name for file in files}
     folders = {PurePosixPath(name).parts[0] for name in ours if "/" in name}
-    removed = sorted(
-        name for name in there if name not in ours and PurePosixPath(name).parts[0] in folders and "/" in name
-    )
-    return changed, removed
+    removed = (name for name in there if name not in ours and "/" in name and PurePosixPath(name).parts[0] in folders)
+    return _Difference(tuple(file for file in files if not _is_there(file, there)), tuple(sorted(removed)))
 
 
-def _ids(file: RepoFile, there: dict[str, str]) -> set[str]:
-    """How the Hub would know the file; nothing is read of one that is not there."""
+def _is_there(file: RepoFile, there: Mapping[str, str]) -> bool:
+    """Whether the repository has the same bytes under the same name; nothing is read of a file that it lacks."""
     known = there.get(file.name)
-    if known is None:
-        return set()
-    return {file.sha256() if len(known) == 64 else file.blob_id()}
+    return known is not None and known == (file.sha256() if len(known) == SHA256_DIGITS else file.blob_id())

@@ -72,7 +72,7 @@ def explained(error: BaseException, *, repo: str, doing: str, token: str) -> Hub
         return HubError(f"the Hub is in trouble ({doing})", where=repo, got=got, remedy=f"later, {AGAIN}")
     if status is None and is_connection_trouble(error):
         return HubError(f"the connection to the Hub broke ({doing})", where=repo, got=got, remedy=AGAIN)
-    return HubError(f"the Hub refused ({doing})", where=repo, got=got)
+    return HubError(f"{doing} failed", where=repo, got=got, remedy=AGAIN if status is None else None)
 
 
 def _said(error: BaseException, token: str) -> str:
