@@ -47,7 +47,7 @@ class Model:
 
     @property
     def calls_text(self) -> str:
-        """The same as steps times passes."""
+        """The same, as steps times passes."""
         return f"{self.steps} {TIMES} {self.passes}" if self.steps else NONE
 
     @property

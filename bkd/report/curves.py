@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
-from typing import TypeVar
 
 from markupsafe import Markup, escape
 
 from bkd.report.scale import Scale
-from bkd.report.words import color_class, short
+from bkd.report.words import color_class, every, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 210, 52, 18, 12, 26
 WINDOW = 0.05
@@ -20,7 +19,6 @@ WINDOW = 0.05
 MAX_DRAWN, MAX_ASKED = 500, 160
 """Points of a curve that are drawn, and that a reader can ask the value of."""
 Point = tuple[float, float]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def chart_svg(chart: Chart) -> Markup:
     for series in chart.series:
         if series.noisy:
             lines.append(plot.line(_thinned(series.points), f"raw {color_class(series.color)}"))
-        lines.append(plot.line(_every(series.mean, MAX_DRAWN), f"mean {color_class(series.color)}"))
+        lines.append(plot.line(every(series.mean, MAX_DRAWN), f"mean {color_class(series.color)}"))
     return Markup(
         "".join([*lines, f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'])
     )
@@ -141,7 +139,7 @@ def asked(chart: Chart) -> list[dict[str, object]]:
     found = []
     for series in chart.series:
         both = list(zip(series.points, series.mean, strict=True))
-        points = [[plot.x(step), step, short(mean), short(raw)] for (step, raw), (_, mean) in _every(both, MAX_ASKED)]
+        points = [[plot.x(step), step, short(mean), short(raw)] for (step, raw), (_, mean) in every(both, MAX_ASKED)]
         found.append({"label": series.label, "noisy": series.noisy, "points": points})
     return found
 
@@ -157,13 +155,6 @@ def _axes(plot: Plot, stages: Sequence[float]) -> Iterator[str]:
     for step in stages:
         yield f'<path d="M{plot.x(step)},{TOP}V{bottom}" class="stage"/>'
     yield f'<path d="M{LEFT},{bottom}H{right}" class="axis"/>'
-
-
-def _every(points: Sequence[T], limit: int) -> list[T]:
-    """At most so many of the points, evenly, with the first and the last."""
-    if len(points) <= limit:
-        return list(points)
-    return [points[round(number * (len(points) - 1) / (limit - 1))] for number in range(limit)]
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:

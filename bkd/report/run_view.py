@@ -207,7 +207,8 @@ def _cards(known: Architecture, reports: Sequence[Report]) -> Iterator[Card]:
         yield _change("UNet parameters", teacher.parameters, student.parameters)
         if teacher.image_macs and student.image_macs:
             yield _change("UNet MACs an image", teacher.image_macs, student.image_macs)
-            yield Card("UNet calls an image", student.calls_text, f"teacher: {teacher.calls_text}")
+            beside = f"{student.calls_text}; teacher: {teacher.calls} ({teacher.calls_text})"
+            yield Card("UNet calls an image", str(student.calls), beside)
         else:
             yield _change("UNet MACs a pass", teacher.macs, student.macs)
     elif student:
