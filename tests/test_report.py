@@ -20,6 +20,7 @@ from bkd.report.embedded import BUDGET, Embedded
 from bkd.report.gallery import sample_shots
 from bkd.report.page import write_report
 from bkd.report.scale import Scale
+from bkd.surgery.plan import PLAN_FILE
 from tests.report_runs import HOSTILE, PROMPTS, add_evaluation, add_picture, add_speed, make_run, pattern
 
 
@@ -203,7 +204,44 @@ def test_runs_that_share_nothing_are_shown_all_the_same(full, tmp_path):
     other = make_run(tmp_path / "other", prompts=("another",))
     add_picture(other.eval / "shapes.png", ("another",), seed=9)
     seen = words(page_of(full, other))
-    assert "No prompts that all runs share" in seen and "other: not measured." in seen
+    assert "No prompts that all runs share" in seen and "other: not measured. To measure: bkd eval" in seen
+    assert "None" not in seen
+
+
+def test_another_place_in_the_list_is_another_noise(tmp_path):
+    runs = []
+    for name, prompts in (("a", ("one", "two")), ("b", ("other", "two", "one"))):
+        run = make_run(tmp_path / name, prompts=prompts)
+        add_picture(run.samples / "00-final.png", prompts)
+        runs.append(run)
+    page = page_of(*runs)
+    strip = page[page.index("Last model of each run") : page.index('id="metrics"')]
+    assert re.findall(r"</div>\s*<figcaption>(.*?)<", strip) == ["two"]
+
+
+def test_figures_against_another_teacher_are_a_table_of_their_own(full, tmp_path):
+    other = make_run(tmp_path / "other")
+    add_evaluation(other, ("teacher", "other"), digests=("another", "other"))
+    page = page_of(full, other)
+    assert page[: page.index('<details class="run">')].count("<article") == 2
+
+
+def test_long_logs_are_drawn_in_moments(tmp_path):
+    run = make_run(tmp_path / "run")
+    line = {"stage": 0, **{f"feature_kd_loss/{site}": 0.5 for site in range(20)}, "total": 0.1, "lr": 1e-4}
+    run.metrics.write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in range(1, 8001)))
+    page = page_of(run)
+    assert len(page) < 1_000_000 and "8,000" in words(page)
+
+
+def test_a_student_that_encodes_is_not_to_be_measured_by_drawing(tmp_path):
+    run = make_run(tmp_path / "encoder", "shapes/encoder", prompts=())
+    path = run.student / PLAN_FILE
+    few = {"num_inference_steps": 4, "sampler": "deterministic", "direction": "inversion"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "few_steps": few}))
+    seen = words(page_of(run))
+    assert seen.count("the student encodes images and draws none") == 2 and "bkd eval" not in seen
+    assert "None" not in seen
 
 
 def test_stages_are_one_curve_with_marks(tmp_path):
@@ -211,7 +249,7 @@ def test_stages_are_one_curve_with_marks(tmp_path):
     for stage in range(5):
         add_picture(run.samples / f"{stage:02d}-final.png", seed=stage + 1)
     page = page_of(run)
-    assert "Stage 2 of 5: halving 16 to 8 steps" in words(page)
+    assert "Stage 2 of 5: halving 16 to 8 steps" in words(page) and "Nothing was removed." in words(page)
     assert page.count('class="stage"') == 4 * 6  # charts
     (frames,) = (json.loads(text) for text in Parsed(page).block("script", "application/json") if '"tiles"' in text)
     assert [frame["label"].split(", ")[0] for frame in frames] == [f"stage {number} of 5" for number in range(1, 6)]

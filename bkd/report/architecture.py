@@ -101,8 +101,9 @@ def _compared(run: RunFolder, recipe: Recipe, teacher: Path) -> Architecture:
     before = _model(teacher, recipe)
     after = _model(student, recipe) if student else _model(teacher, recipe, plan)
     anatomy = read_anatomy(config)
+    title = plan.name if plan.removed else "all blocks"
     subtitle = f"{before.parameters:,} → {after.parameters:,} UNet parameters"
-    svg = diagram_svg(anatomy, complete(anatomy, plan.removed), plan.name, subtitle=subtitle)
+    svg = diagram_svg(anatomy, complete(anatomy, plan.removed), title, subtitle=subtitle)
     inline = Markup(svg.replace(' xmlns="http://www.w3.org/2000/svg"', ""))  # inside HTML it says nothing
     return Architecture(before, after, plan.removed, student is None, inline)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from statistics import fmean
+from functools import cached_property
+from itertools import accumulate, groupby
 
 from markupsafe import Markup, escape
 
@@ -37,15 +37,17 @@ class Series:
     points: tuple[Point, ...]
     noisy: bool = True
 
-    @property
+    @cached_property
     def mean(self) -> tuple[Point, ...]:
         """Of each point's neighbours on both sides, so that it does not lag behind."""
         if not self.noisy:
             return self.points
-        reach, values = max(1, round(len(self.points) * WINDOW / 2)), [value for _, value in self.points]
+        count, reach = len(self.points), max(1, round(len(self.points) * WINDOW / 2))
+        sums = [0.0, *accumulate(value for _, value in self.points)]
+        ends = [(max(0, index - reach), min(count, index + reach + 1)) for index in range(count)]
         return tuple(
-            (step, fmean(values[max(0, index - reach) : index + reach + 1]))
-            for index, (step, _) in enumerate(self.points)
+            (step, (sums[after] - sums[first]) / (after - first))
+            for (step, _), (first, after) in zip(self.points, ends, strict=True)
         )
 
 
@@ -150,7 +152,7 @@ def _axes(plot: Plot, stages: Sequence[float]) -> Iterator[str]:
         y = plot.y(value)
         yield f'<path d="M{LEFT},{y}H{right}" class="grid"/>'
         yield f'<text x="{LEFT - 7}" y="{y + 4:.1f}" class="tick end">{short(value)}</text>'
-    for step in plot.across.ticks():
+    for step in plot.across.ticks(whole=True):
         yield f'<text x="{plot.x(step)}" y="{HEIGHT - 8}" class="tick middle">{step:,.0f}</text>'
     for step in stages:
         yield f'<path d="M{plot.x(step)},{TOP}V{bottom}" class="stage"/>'

@@ -201,16 +201,22 @@ def strip(shots: Sequence[tuple[str, Shot]], embedded: Embedded) -> Gallery | No
         embedded: The page's pictures.
     """
     sheets = [(label, shot, shot.sheet) for label, shot in shots if shot.sheet]
-    shared = [p for p in sheets[0][2].prompts if all(p in sheet.prompts for _, _, sheet in sheets)] if sheets else []
-    if len(sheets) < 2 or not shared:
+    # Noise belongs to a prompt's place in the list: another place is another noise.
+    columns = [
+        column
+        for column, prompts in enumerate(zip(*(sheet.prompts for _, _, sheet in sheets), strict=False))
+        if len(set(prompts)) == 1
+    ]
+    if len(sheets) < 2 or not columns:
         return None
-    beside: list[list[Tile]] = [[] for _ in shared]
+    beside: dict[int, list[Tile]] = {column: [] for column in columns}
     for label, shot, sheet in sheets:
         whole = read_picture(shot.path)
-        for number, prompt in enumerate(shared):
+        for column, tiles in beside.items():
             for row, name in ((0, sheet.models[0]), (len(sheet.models) - 1, label)):
-                picture = embedded.add(sheet.take(whole, row, sheet.prompts.index(prompt)))
-                if row or picture not in [tile.picture for tile in beside[number]]:
-                    of = f" of {label}" if not row and beside[number] else ""
-                    beside[number].append(Tile(name + of, picture, (sheet.side, sheet.side)))
-    return Gallery("Last model of each run", "", tuple(shared), (Frame("", tuple(map(tuple, beside))),))
+                picture = embedded.add(sheet.take(whole, row, column))
+                if row or picture not in [tile.picture for tile in tiles]:
+                    of = f" of {label}" if not row and tiles else ""
+                    tiles.append(Tile(name + of, picture, (sheet.side, sheet.side)))
+    shared = tuple(sheets[0][2].prompts[column] for column in columns)
+    return Gallery("Last model of each run", "", shared, (Frame("", tuple(map(tuple, beside.values()))),))
