@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from bkd.errors import BkdError, DataError, OutputError
 from bkd.eval.sheet import TEXT_KEY, Sheet, read_picture, read_sheet
@@ -19,6 +20,7 @@ from bkd.report.embedded import BUDGET, Embedded
 from bkd.report.gallery import sample_shots
 from bkd.report.page import write_report
 from bkd.report.scale import Scale
+from bkd.surgery.plan import PLAN_FILE
 from tests.report_runs import HOSTILE, PROMPTS, add_evaluation, add_picture, add_speed, make_run, pattern
 
 
@@ -120,7 +122,7 @@ def test_a_run_is_shown_with_all_its_parts(full):
     require_harmless(page)
     for said in (
         "UNet parameters \N{MINUS SIGN}59.4% 5.52 M → 2.25 M",
-        "UNet calls an image 20 \N{MULTIPLICATION SIGN} 2 teacher: 20 \N{MULTIPLICATION SIGN} 2",
+        "UNet calls an image 40 20 \N{MULTIPLICATION SIGN} 2; teacher: 40 (20 \N{MULTIPLICATION SIGN} 2)",
         "Correct, unseen captions 95.0% teacher: 100.0%",
         "full untrained",
         "90.0% to 100.0%",
@@ -202,7 +204,44 @@ def test_runs_that_share_nothing_are_shown_all_the_same(full, tmp_path):
     other = make_run(tmp_path / "other", prompts=("another",))
     add_picture(other.eval / "shapes.png", ("another",), seed=9)
     seen = words(page_of(full, other))
-    assert "No prompts that all runs share" in seen and "other: not measured." in seen
+    assert "No prompts that all runs share" in seen and "other: not measured. To measure: bkd eval" in seen
+    assert "None" not in seen
+
+
+def test_another_place_in_the_list_is_another_noise(tmp_path):
+    runs = []
+    for name, prompts in (("a", ("one", "two")), ("b", ("other", "two", "one"))):
+        run = make_run(tmp_path / name, prompts=prompts)
+        add_picture(run.samples / "00-final.png", prompts)
+        runs.append(run)
+    page = page_of(*runs)
+    strip = page[page.index("Last model of each run") : page.index('id="metrics"')]
+    assert re.findall(r"</div>\s*<figcaption>(.*?)<", strip) == ["two"]
+
+
+def test_figures_against_another_teacher_are_a_table_of_their_own(full, tmp_path):
+    other = make_run(tmp_path / "other")
+    add_evaluation(other, ("teacher", "other"), digests=("another", "other"))
+    page = page_of(full, other)
+    assert page[: page.index('<details class="run">')].count("<article") == 2
+
+
+def test_long_logs_are_drawn_in_moments(tmp_path):
+    run = make_run(tmp_path / "run")
+    line = {"stage": 0, **{f"feature_kd_loss/{site}": 0.5 for site in range(20)}, "total": 0.1, "lr": 1e-4}
+    run.metrics.write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in range(1, 8001)))
+    page = page_of(run)
+    assert len(page) < 1_000_000 and "8,000" in words(page)
+
+
+def test_a_student_that_encodes_is_not_to_be_measured_by_drawing(tmp_path):
+    run = make_run(tmp_path / "encoder", "shapes/encoder", prompts=())
+    path = run.student / PLAN_FILE
+    few = {"num_inference_steps": 4, "sampler": "deterministic", "direction": "inversion"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "few_steps": few}))
+    seen = words(page_of(run))
+    assert seen.count("the student encodes images and draws none") == 2 and "bkd eval" not in seen
+    assert "None" not in seen
 
 
 def test_stages_are_one_curve_with_marks(tmp_path):
@@ -210,7 +249,7 @@ def test_stages_are_one_curve_with_marks(tmp_path):
     for stage in range(5):
         add_picture(run.samples / f"{stage:02d}-final.png", seed=stage + 1)
     page = page_of(run)
-    assert "Stage 2 of 5: halving 16 to 8 steps" in words(page)
+    assert "Stage 2 of 5: halving 16 to 8 steps" in words(page) and "Nothing was removed." in words(page)
     assert page.count('class="stage"') == 4 * 6  # charts
     (frames,) = (json.loads(text) for text in Parsed(page).block("script", "application/json") if '"tiles"' in text)
     assert [frame["label"].split(", ")[0] for frame in frames] == [f"stage {number} of 5" for number in range(1, 6)]
@@ -253,13 +292,11 @@ def test_small_pictures_are_kept_exactly(tmp_path):
     assert (np.asarray(Image.open(tmp_path / "b.webp")) == np.asarray(tile)).all() and embedded.reduced == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"side": 32}', "huge", "negative"])
+@pytest.mark.parametrize("text", ["", "{", '{"side": 32}', "huge", "negative", "bomb"])
 def test_a_picture_that_does_not_say_where_its_tiles_lie_is_shown_whole(tmp_path, text):
-    if text in ("huge", "negative"):
-        sheet = Sheet(("a", "b"), ("p",), 32, 10**6 if text == "huge" else 128, -5 if text == "negative" else 59)
-        text = json.dumps({**vars(sheet)})
-    from PIL.PngImagePlugin import PngInfo
-
+    numbers = {"huge": (32, 10**6, 59), "negative": (32, 32, -5), "bomb": (10**6, 32, 59)}
+    if text in numbers:
+        text = json.dumps(vars(Sheet(("a", "b"), ("p",), *numbers[text])))
     info = PngInfo()
     info.add_itxt(TEXT_KEY, text)
     run = make_run(tmp_path / "run")

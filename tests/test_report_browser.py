@@ -13,6 +13,13 @@ pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver"
 )
 PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+SMUGGLED = """
+const words = '<img src="data:," onerror="window.hacked = 1"><b style="color: red"></b>';
+const script = document.createElement('script');
+script.textContent = 'window.hacked = 2';
+document.body.insertAdjacentHTML('beforeend', words);
+document.body.append(script);
+"""
 OPEN_ALL = "document.querySelectorAll('details').forEach((details) => { details.open = true; })"
 OVERFLOWING = """
 const wide = (element) => element.closest('.wide, pre, nav') || element.closest('svg') || element.matches('.skip');
@@ -138,6 +145,15 @@ def test_hostile_words_are_words(opened):
     assert HOSTILE in one(page, "h1 ~ .lead").text and HOSTILE in one(page, ".prompt figcaption").text
     assert one(page, ".tile .model").text == HOSTILE
     assert one(page, ".tile img").get_attribute("alt") == f"{HOSTILE}: {HOSTILE}"
+
+
+def test_what_should_slip_through_is_stopped_by_the_policy(opened):
+    page = opened("one")
+    page.execute_script(SMUGGLED)
+    time.sleep(0.3)
+    assert page.execute_script("return window.hacked") is None
+    complaints = [entry["message"] for entry in page.get_log("browser")]
+    assert len(complaints) == 3 and all("Content Security Policy" in message for message in complaints)
 
 
 def test_the_slider_changes_the_pictures_by_keyboard_mouse_and_buttons(opened):

@@ -47,9 +47,10 @@ class Sheet:
         return info
 
     def fits(self, size: tuple[int, int]) -> bool:
-        """Whether all tiles lie within a picture of that size."""
+        """Whether all tiles lie within a picture of that size, and none is of more pixels than it shows."""
         left, top = self.corner(len(self.models) - 1, len(self.prompts) - 1)
-        return bool(self.models and self.prompts) and left + self.tile <= size[0] and top + self.tile <= size[1]
+        whole = bool(self.models and self.prompts) and self.side <= self.tile
+        return whole and left + self.tile <= size[0] and top + self.tile <= size[1]
 
     def take(self, picture: Image.Image, row: int, column: int) -> Image.Image:
         """An image as it was drawn."""

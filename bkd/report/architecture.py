@@ -49,7 +49,7 @@ class Model:
 
     @property
     def calls_text(self) -> str:
-        """The same as steps times passes."""
+        """The same, as steps times passes."""
         return f"{self.steps} {TIMES} {self.passes}" if self.steps else NONE
 
     @property
@@ -112,8 +112,9 @@ def _compared(run: RunFolder, recipe: Recipe, teacher: Path) -> Architecture:
     before = _model(teacher, recipe)
     after = _model(student, recipe) if student else _model(teacher, recipe, plan)
     anatomy = read_anatomy(config)
+    title = plan.name if plan.removed else "all blocks"
     subtitle = f"{before.parameters:,} → {after.parameters:,} UNet parameters"
-    drawing = diagram(anatomy, complete(anatomy, plan.removed), plan.name, subtitle=subtitle)
+    drawing = diagram(anatomy, complete(anatomy, plan.removed), title, subtitle=subtitle)
     return Architecture(before, after, plan.removed, student is None, drawing, compatibility_notes(config, plan))
 
 

@@ -81,14 +81,19 @@ def _gallery(files: Sequence[Files], embedded: Embedded) -> Gallery | None:
 
 
 def _speeds(files: Sequence[Files]) -> list[SpeedReport]:
-    """Measurements of speed; those of the same device, versions and settings as one, the first model of each once."""
+    """Measurements of speed; those of the same conditions and the same first model as one, that model once."""
     merged: list[dict[str, Any]] = []
     for report in (each.speed for each in files if each.speed):
-        alike = ("device", "versions", "settings")
-        same = next((known for known in merged if all(known[key] == report[key] for key in alike)), None)
+        same = next((known for known in merged if _alike(known) == _alike(report)), None)
         if same is None:
             merged.append(dict(report))
         else:
             names = {model["name"] for model in same["models"]}
             same["models"] = [*same["models"], *(model for model in report["models"] if model["name"] not in names)]
     return list(merged)
+
+
+def _alike(report: SpeedReport) -> list[Any]:
+    first = report["models"][0]
+    sizes = [first.get(key) for key in ("name", "unet_parameters", "unet_bytes")]
+    return [report["device"], report["versions"], report["settings"], sizes]

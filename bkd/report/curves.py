@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from statistics import fmean
-from typing import TypeVar
+from functools import cached_property
+from itertools import accumulate, groupby
 
 from markupsafe import Markup, escape
 
 from bkd.report.scale import Scale
-from bkd.report.words import color_class, short
+from bkd.report.words import color_class, every, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 210, 52, 18, 12, 26
 WINDOW = 0.05
@@ -20,7 +19,6 @@ WINDOW = 0.05
 MAX_DRAWN, MAX_ASKED = 500, 160
 """Points of a curve that are drawn, and that a reader can ask the value of."""
 Point = tuple[float, float]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,17 @@ class Series:
     points: tuple[Point, ...]
     noisy: bool = True
 
-    @property
+    @cached_property
     def mean(self) -> tuple[Point, ...]:
         """Of each point's neighbours on both sides, so that it does not lag behind."""
         if not self.noisy:
             return self.points
-        reach, values = max(1, round(len(self.points) * WINDOW / 2)), [value for _, value in self.points]
+        count, reach = len(self.points), max(1, round(len(self.points) * WINDOW / 2))
+        sums = [0.0, *accumulate(value for _, value in self.points)]
+        ends = [(max(0, index - reach), min(count, index + reach + 1)) for index in range(count)]
         return tuple(
-            (step, fmean(values[max(0, index - reach) : index + reach + 1]))
-            for index, (step, _) in enumerate(self.points)
+            (step, (sums[after] - sums[first]) / (after - first))
+            for (step, _), (first, after) in zip(self.points, ends, strict=True)
         )
 
 
@@ -129,7 +129,7 @@ def chart_svg(chart: Chart) -> Markup:
     for series in chart.series:
         if series.noisy:
             lines.append(plot.line(_thinned(series.points), f"raw {color_class(series.color)}"))
-        lines.append(plot.line(_every(series.mean, MAX_DRAWN), f"mean {color_class(series.color)}"))
+        lines.append(plot.line(every(series.mean, MAX_DRAWN), f"mean {color_class(series.color)}"))
     return Markup(
         "".join([*lines, f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/></svg>'])
     )
@@ -141,7 +141,7 @@ def asked(chart: Chart) -> list[dict[str, object]]:
     found = []
     for series in chart.series:
         both = list(zip(series.points, series.mean, strict=True))
-        points = [[plot.x(step), step, short(mean), short(raw)] for (step, raw), (_, mean) in _every(both, MAX_ASKED)]
+        points = [[plot.x(step), step, short(mean), short(raw)] for (step, raw), (_, mean) in every(both, MAX_ASKED)]
         found.append({"label": series.label, "noisy": series.noisy, "points": points})
     return found
 
@@ -152,18 +152,11 @@ def _axes(plot: Plot, stages: Sequence[float]) -> Iterator[str]:
         y = plot.y(value)
         yield f'<path d="M{LEFT},{y}H{right}" class="grid"/>'
         yield f'<text x="{LEFT - 7}" y="{y + 4:.1f}" class="tick end">{short(value)}</text>'
-    for step in plot.across.ticks():
+    for step in plot.across.ticks(whole=True):
         yield f'<text x="{plot.x(step)}" y="{HEIGHT - 8}" class="tick middle">{step:,.0f}</text>'
     for step in stages:
         yield f'<path d="M{plot.x(step)},{TOP}V{bottom}" class="stage"/>'
     yield f'<path d="M{LEFT},{bottom}H{right}" class="axis"/>'
-
-
-def _every(points: Sequence[T], limit: int) -> list[T]:
-    """At most so many of the points, evenly, with the first and the last."""
-    if len(points) <= limit:
-        return list(points)
-    return [points[round(number * (len(points) - 1) / (limit - 1))] for number in range(limit)]
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bkd.eval.sheet import Sheet, read_picture, read_sheet
 from bkd.report.embedded import LOSSLESS_SIDE, Embedded
+from bkd.report.words import every
 from bkd.run_folder import RunFolder
 
 MAX_FRAMES = 24
 """Of a slider; of more pictures every so many are taken, the last always."""
 MAX_ABREAST = 3
 """Models that are shown beside each other; of more, a slider chooses which is beside the first."""
+END = float("inf")
+"""Step of a stage's final picture."""
 SAMPLE = re.compile(r"(\d+)-(?:step-(\d+)|final)\.png")
 
 
@@ -125,30 +128,22 @@ def sample_shots(run: RunFolder, titles: Sequence[str], limit: int = MAX_FRAMES)
         titles: Of its stages.
         limit: How many at most.
     """
-    found: list[tuple[int, float, Path]] = []
-    for path in run.samples.glob("*.png"):
-        if (name := SAMPLE.fullmatch(path.name)) and int(name[1]) < len(titles):
-            found.append((int(name[1]), float(name[2] or "inf"), path))
-    ages: dict[int, int] = {}
-    for stage, step, path in found:
-        ages[stage] = max(ages.get(stage, 0), path.stat().st_mtime_ns) if step < float("inf") else ages.get(stage, 0)
-    kept = sorted(
+    named = ((path, SAMPLE.fullmatch(path.name)) for path in run.samples.glob("*.png"))
+    found = sorted((int(name[1]), float(name[2] or END), path) for path, name in named if name)
+    newest: dict[int, int] = {}
+    for stage, _, path in found:
+        newest[stage] = max(newest.get(stage, 0), path.stat().st_mtime_ns)
+    kept = [
         (stage, step, path)
         for stage, step, path in found
-        if step < float("inf") or path.stat().st_mtime_ns >= ages[stage]
-    )
-    return tuple(Shot(path, _label(stage, step, titles), read_sheet(path)) for stage, step, path in _some(kept, limit))
+        if stage < len(titles) and (step < END or path.stat().st_mtime_ns == newest[stage])
+    ]
+    return tuple(Shot(path, _label(stage, step, titles), read_sheet(path)) for stage, step, path in every(kept, limit))
 
 
 def _label(stage: int, step: float, titles: Sequence[str]) -> str:
-    moment = f"step {step:,.0f}" if step < float("inf") else "the end"
+    moment = f"step {step:,.0f}" if step < END else "the end"
     return moment if len(titles) == 1 else f"stage {stage + 1} of {len(titles)}, {titles[stage]}: {moment}"
-
-
-def _some(items: Sequence[tuple[int, float, Path]], limit: int) -> Iterable[tuple[int, float, Path]]:
-    if len(items) <= limit:
-        return items
-    return [items[round(number * (len(items) - 1) / (limit - 1))] for number in range(limit)]
 
 
 def sample_gallery(shots: Sequence[Shot], embedded: Embedded, *, stages: int) -> Gallery | None:
@@ -206,16 +201,22 @@ def strip(shots: Sequence[tuple[str, Shot]], embedded: Embedded) -> Gallery | No
         embedded: The page's pictures.
     """
     sheets = [(label, shot, shot.sheet) for label, shot in shots if shot.sheet]
-    shared = [p for p in sheets[0][2].prompts if all(p in sheet.prompts for _, _, sheet in sheets)] if sheets else []
-    if len(sheets) < 2 or not shared:
+    # Noise belongs to a prompt's place in the list: another place is another noise.
+    columns = [
+        column
+        for column, prompts in enumerate(zip(*(sheet.prompts for _, _, sheet in sheets), strict=False))
+        if len(set(prompts)) == 1
+    ]
+    if len(sheets) < 2 or not columns:
         return None
-    beside: list[list[Tile]] = [[] for _ in shared]
+    beside: dict[int, list[Tile]] = {column: [] for column in columns}
     for label, shot, sheet in sheets:
         whole = read_picture(shot.path)
-        for number, prompt in enumerate(shared):
+        for column, tiles in beside.items():
             for row, name in ((0, sheet.models[0]), (len(sheet.models) - 1, label)):
-                picture = embedded.add(sheet.take(whole, row, sheet.prompts.index(prompt)))
-                if row or picture not in [tile.picture for tile in beside[number]]:
-                    of = f" of {label}" if not row and beside[number] else ""
-                    beside[number].append(Tile(name + of, picture, (sheet.side, sheet.side)))
-    return Gallery("Last model of each run", "", tuple(shared), (Frame("", tuple(map(tuple, beside))),))
+                picture = embedded.add(sheet.take(whole, row, column))
+                if row or picture not in [tile.picture for tile in tiles]:
+                    of = f" of {label}" if not row and tiles else ""
+                    tiles.append(Tile(name + of, picture, (sheet.side, sheet.side)))
+    shared = tuple(sheets[0][2].prompts[column] for column in columns)
+    return Gallery("Last model of each run", "", shared, (Frame("", tuple(map(tuple, beside.values()))),))

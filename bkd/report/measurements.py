@@ -92,10 +92,10 @@ def read_evaluation(path: Path) -> Report:
 
 
 def measurements(reports: Sequence[Report]) -> tuple[Measurement, ...]:
-    """Of all reports; those of the same conditions together, a model that several hold once."""
+    """Of all reports; those of the same conditions and the same first model together, that one once."""
     merged: list[dict[str, Any]] = []
     for report in reports:
-        same = next((known for known in merged if known["settings"] == report["settings"]), None)
+        same = next((known for known in merged if _comparable(known) == _comparable(report)), None)
         if same is None:
             merged.append(dict(report))
             continue
@@ -104,6 +104,11 @@ def measurements(reports: Sequence[Report]) -> tuple[Measurement, ...]:
         same["models"] = [*same["models"], *fresh]
         same["digests"] = {**same["digests"], **report["digests"]}
     return tuple(measurement for report in merged for measurement in _measurements(report))
+
+
+def _comparable(report: Report) -> tuple[Any, Any]:
+    """Conditions, and the model that the others are compared with."""
+    return report["settings"], report["digests"].get(report["models"][0]["name"])
 
 
 def headline(report: Report) -> Headline | None:

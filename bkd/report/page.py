@@ -73,7 +73,7 @@ def render(runs: Sequence[Path]) -> str:
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
-        none=NONE,
+        nothing=NONE,
     )
 
 

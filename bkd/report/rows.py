@@ -66,8 +66,8 @@ class RowChart:
         middle, color = HEIGHT / 2, color_class(row.color)
         bar = f'<rect x="{MARGIN}" y="3" width="{value - MARGIN:.1f}" height="16" class="bar {color}"/>'
         mark = f'<path d="M{value:.1f},3V19" class="mark {color}"/>'
-        whisker = f'<path d="M{low:.1f},{middle}H{high:.1f}" class="whisker {color}"/>'
-        parts = bar + whisker.replace(f" {color}", "") if self.bars else whisker + mark
+        whisker = f'<path d="M{low:.1f},{middle}H{high:.1f}" class="whisker {"" if self.bars else color}"/>'
+        parts = bar + whisker if self.bars else whisker + mark
         base = f'<path d="M{MARGIN},0V{HEIGHT}" class="axis"/>' if self.bars else ""
         return Markup(
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{base}{parts}</svg>'

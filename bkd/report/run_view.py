@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bkd.data.shapes import EMBEDDED
 from bkd.errors import OutputError
 from bkd.eval.sheet import read_sheet
 from bkd.report.architecture import Architecture, architecture
@@ -112,12 +113,24 @@ class RunView:
         return "finished" if self.files.facts.get("status") == "done" else "not finished"
 
     @property
-    def eval_command(self) -> str:
-        suite = "" if self.files.facts.get("teacher") == "shapes" else " --suite prompts --prompts FILE"
+    def draws(self) -> bool:
+        """Whether the student can be measured by drawing with it: not if it encodes."""
+        return self.architecture.student is None or self.architecture.student.steps is not None
+
+    @property
+    def eval_command(self) -> str | None:
+        """What measures it, if anything does."""
+        if not self.draws:
+            return None
+        embedded = self.files.run.recipe().data.shards == EMBEDDED
+        suite = "" if embedded else " --suite prompts --prompts FILE"
         return f"bkd eval {shlex.quote(str(self.files.run.path))}{suite}"
 
     @property
-    def speed_command(self) -> str:
+    def speed_command(self) -> str | None:
+        """What measures its speed, if anything does."""
+        if not self.draws:
+            return None
         path, output = self.files.run.path, self.files.run.speed_file.parent
         return f"bkd bench speed {shlex.quote(str(path))} -o {shlex.quote(str(output))}"
 
@@ -207,7 +220,8 @@ def _cards(known: Architecture, reports: Sequence[Report]) -> Iterator[Card]:
         yield _change("UNet parameters", teacher.parameters, student.parameters)
         if teacher.image_macs and student.image_macs:
             yield _change("UNet MACs an image", teacher.image_macs, student.image_macs)
-            yield Card("UNet calls an image", student.calls_text, f"teacher: {teacher.calls_text}")
+            beside = f"{student.calls_text}; teacher: {teacher.calls} ({teacher.calls_text})"
+            yield Card("UNet calls an image", str(student.calls), beside)
         else:
             yield _change("UNet MACs a pass", teacher.macs, student.macs)
     elif student:

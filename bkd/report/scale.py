@@ -34,9 +34,13 @@ class Scale:
             return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
-    def ticks(self) -> list[float]:
-        """Round values on the axis, a handful."""
-        locators: list[Locator] = [MaxNLocator(NUM_TICKS, steps=[1, 2, 5, 10])]
+    def ticks(self, *, whole: bool = False) -> list[float]:
+        """Round values on the axis, a handful.
+
+        Args:
+            whole: Whether only integers.
+        """
+        locators: list[Locator] = [MaxNLocator(NUM_TICKS, steps=[1, 2, 5, 10], integer=whole)]
         if self.logarithmic:
             locators = [LogLocator(subs=(1.0,), numticks=NUM_TICKS), LogLocator(subs=(1.0, 2.0, 5.0)), *locators]
         for locator in locators:

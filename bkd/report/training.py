@@ -67,27 +67,35 @@ def read_training(run: RunFolder, label: str, stages: int) -> Training:
     """The log of a run.
 
     Raises:
-        OutputError: If it is damaged: lines are missing in the middle, or are of something else.
+        OutputError: If it is damaged: lines before the last are cut short, or are of something else.
     """
     try:
-        text = run.metrics.read_text() if run.metrics.is_file() else ""
         lines = read_metrics(run.metrics)
-        whole = len([line for line in text.splitlines() if line.strip()]) - len(lines) <= 1
-        by_stage = tuple(tuple(line for line in lines if line["stage"] == number) for number in range(stages))
-        numbers = (
-            value for line in lines for name, value in line.items() if "loss" in name or name in (*FIRST, "step")
-        )
-        if not whole or not all(isinstance(value, (int, float, type(None))) for value in numbers):
-            raise ValueError("a line that is no logged step")
-        _ = [line["step"] + 0 for line in lines]
-    except (LookupError, TypeError, ValueError) as error:
-        raise OutputError(
-            "the log of training steps is damaged",
-            where=run.metrics,
-            got=f"{type(error).__name__}: {error}",
-            remedy="restore it, or move it away: the page then goes without curves",
-        ) from None
-    return Training(label, by_stage)
+        written = run.metrics.read_text().splitlines() if run.metrics.is_file() else []
+    except ValueError as error:
+        raise _damaged(run, error) from None
+    if len(lines) < len(written) - 1:
+        raise _damaged(run, f"line {len(lines) + 1}: {written[len(lines)][:80]}")
+    for number, line in enumerate(lines, 1):
+        if not _is_step(line):
+            raise _damaged(run, f"line {number}: {written[number - 1][:80]}")
+    by_stage = (tuple(line for line in lines if line["stage"] == number) for number in range(stages))
+    return Training(label, tuple(by_stage))
+
+
+def _is_step(line: Line) -> bool:
+    numbers = (line.get(name) for name in line if name != "skipped")
+    whole = isinstance(line.get("stage"), int) and isinstance(line.get("step"), int)
+    return whole and all(value is None or isinstance(value, (int, float)) for value in numbers)
+
+
+def _damaged(run: RunFolder, got: object) -> OutputError:
+    return OutputError(
+        "the log of training steps is damaged",
+        where=run.metrics,
+        got=got,
+        remedy="restore it, or move it away: the page then goes without curves",
+    )
 
 
 def term_charts(training: Training) -> tuple[Chart, ...]:

@@ -1,7 +1,11 @@
-"""Numbers as the page writes them."""
+"""How the page writes numbers, colours series, and chooses from many things."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
 NUM_COLORS = 7
@@ -23,3 +27,15 @@ def large(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return short(number)
+
+
+def every(items: Sequence[T], limit: int) -> list[T]:
+    """At most so many of the items, evenly, with the first and the last.
+
+    Args:
+        items: In order.
+        limit: At least 2.
+    """
+    if len(items) <= limit:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / (limit - 1))] for number in range(limit)]
