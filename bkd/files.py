@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -82,7 +83,9 @@ def proved_file(path: Path) -> Iterator[Path]:
     It gets to its place when the block ends well, and is removed when it does not.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.unfinished-") as beside:
+    _remove_abandoned(path)
+    prefix, suffix = f".{path.name}.{_host()}.{os.getpid()}.", ".unfinished"
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, suffix=suffix) as beside:
         unfinished = Path(beside) / path.name
         yield unfinished
         unfinished.chmod(0o644)  # safetensors writes files that nobody else can read
@@ -96,7 +99,7 @@ def _remove_abandoned(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name)}.{_host()}.*.unfinished"):
         process = left.name.split(".")[-3]
         if Path("/proc").exists() and not Path(f"/proc/{process}").exists():
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _host() -> str:

@@ -82,6 +82,11 @@ def locate(
     return path
 
 
+def hub_commit(folder: Path) -> str | None:
+    """Of a model that `locate` fetched from the Hub; None for folders of this disk."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def _student_of(run: Path) -> Path:
     if not (run / "student").is_dir():
         command = read_json(run / "run.json").get("command", "bkd train RECIPE -o RUN")

@@ -86,7 +86,7 @@ def check_output(teacher: Path, output: Path, *, overwrite: bool) -> None:
 def _foreign(student: Path) -> list[str]:
     """What somebody has put beside the files of a pruned student."""
     index = student / "model_index.json"
-    ours = {index.name, CARD_FOLDER, *(parts_of(student) if index.is_file() else ())}
+    ours = {index.name, *(parts_of(student) if index.is_file() else ())}
     if is_written_card(student / CARD_FILE):
-        ours.add(CARD_FILE)
+        ours |= {CARD_FILE, CARD_FOLDER}
     return sorted(path.name for path in student.iterdir() if path.name not in ours and not path.name.startswith("bkd_"))

@@ -19,7 +19,7 @@ from bkd.data.survey import DataWish
 from bkd.environment import process_place
 from bkd.errors import ModelError, RecipeError
 from bkd.files import cache_folder
-from bkd.locate import is_folder, locate
+from bkd.locate import hub_commit, is_folder, locate
 from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.model_facts import model_facts
 from bkd.model_folder import is_inpainting, model_digest, native_resolution, unet_config, vae_factor
@@ -227,6 +227,7 @@ def run_recipe(
     with _recorded_end(run, stop):
         if run.writes:
             run.require_same("teacher_digest", model_digest(inputs.teacher), force=force)
+            run.record(teacher_commit=hub_commit(inputs.teacher))
         for stage in recipe.stages:
             require_same_start(run, stage, force=force)
         listener.phase(f"loading the {recipe.origin}")

@@ -72,7 +72,16 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
         raise
     for file in filter(Path.is_file, unfinished.rglob("*")):
         file.chmod(0o644)  # safetensors writes files that nobody else can read
+    for settings in (*unfinished.glob("*.json"), *unfinished.glob("*/config.json")):
+        _forget_origin(settings)
     replace_folder(unfinished, folder)
+
+
+def _forget_origin(settings: Path) -> None:
+    """Take out of a configuration the folder that it was loaded from, which is nobody else's business."""
+    known = read_json(settings)
+    if known.pop("_name_or_path", None) is not None:
+        settings.write_text(json.dumps(known, indent=2) + "\n")
 
 
 def plan_facts(folder: Path) -> dict[str, Any] | None:

@@ -46,6 +46,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos = {"model": {}, "dataset": {}, "space": {}}
         self.large, self.faults, self.requests = {}, {}, []
+        self.before_commit = self.on_fault = lambda: None
         self.lock = threading.Lock()
 
     @property
@@ -84,6 +85,8 @@ class Handler(BaseHTTPRequestHandler):
                 None,
             )
         self.silent = fault == "cut after"  # what was asked for is done, and nobody hears of it
+        if fault is not None:
+            self.server.on_fault()
         if isinstance(fault, int):
             return self.refuse(fault, "the server says no")
         if fault == "cut":
@@ -185,7 +188,9 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def validate(self):
-        self.answer({"errors": [], "warnings": []})
+        if "license: unheard-of" in json.loads(self.body)["content"]:
+            return self.answer({"errors": [{"message": '"license" must be one of …'}]}, 400)
+        return self.answer({"errors": [], "warnings": []})
 
     def preupload(self, repo, revision):
         if self.find(repo) is None:
@@ -216,6 +221,7 @@ class Handler(BaseHTTPRequestHandler):
         proposes = bool(self.query.get("create_pr"))
         if (found := self.find(repo, write=not proposes)) is None:
             return None
+        self.server.before_commit()
         lines = [json.loads(line) for line in self.body.splitlines()]
         header, head = lines[0]["value"], found.branches.get(revision)
         if header.get("parentCommit") not in (None, head):

@@ -13,13 +13,14 @@ import yaml
 from PIL import Image
 
 from bkd.card.license import License, carried_over
-from bkd.card.privacy import public_name, public_plan, public_recipe
+from bkd.card.privacy import model_name, place_name, public_plan, public_recipe
 from bkd.card.tables import table, words
 from bkd.cli.app import app
 from bkd.errors import HubError
 from bkd.model_folder import model_digest
 from bkd.recipe.load import load_recipe
 from tests.hub_server import hub  # noqa: F401 - a fixture
+from tests.test_run_lock import US, leave
 
 OPENRAIL = License("creativeml-openrail-m")
 PROMPT = "a large red square at the top left on a white background"
@@ -126,6 +127,7 @@ def test_a_licence_is_asked_for_and_never_guessed(bkd, run, teacher_folder, tmp_
     (silent / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
     code, said = bkd("card", run, "--license", "mit", "--overwrite")
     assert code == 1 and "the teacher's licence goes along" in said
+    assert "to exploit or harm minors" in text and "CompVis/stable-diffusion-license" in text
     code, said = bkd("card", run, "--base-model", "ada/teacher", "--data", "ada/pictures", "--overwrite")
     head = head_of(run / "README.md")
     assert code == 0 and head["license"] == "creativeml-openrail-m"
@@ -139,6 +141,8 @@ def test_a_licence_of_another_name_says_where_to_read_it():
     assert carried_over(None, named, "teacher") == named and str(named) == "Fair AI (https://example.org/license)"
     assert carried_over(OPENRAIL, None, "teacher") == OPENRAIL
     assert carried_over(License("mit"), License("apache-2.0"), "teacher").id == "apache-2.0"
+    with pytest.raises(HubError, match="goes along"):
+        carried_over(License("cc-by-nc-4.0"), License("mit"), "teacher")
 
 
 def test_text_stays_text():
@@ -149,14 +153,78 @@ def test_text_stays_text():
     assert table(("a", "b"), [("x|y", "1")]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
 
 
-def test_places_stay_unknown(tmp_path):
-    assert public_name("owner/name") == "owner/name" and public_name("shapes") == "shapes"
-    assert public_name("/home/ada/models/sd15") == "sd15" and public_name("~/x/run/student") == "run"
-    assert public_name("https://ada:pass@host/a.tar?sig=1") == "https://host/a.tar"
-    recipe = load_recipe("shapes/sd-tiny", ["data.shards=/home/ada/{00..09}.tar", "data.cache_dir=/home/ada/c"])
-    assert "/home/ada" not in str(public_recipe(recipe))
+def test_places_stay_unknown():
+    assert model_name("owner/name") == "owner/name" and model_name("shapes") == "shapes"
+    assert model_name("models/sd15", from_hub=False) == "sd15"
+    assert model_name("/home/ada/models/sd15") == "sd15" and model_name("~/x/run/student") == "run"
+    assert place_name("https://ada:pass@host/a.tar?sig=1") == "https://host/a.tar"
+    recipe = load_recipe("shapes/sd-tiny", ["data.shards=secret/latents", "data.cache_dir=/home/ada/c"])
+    public = public_recipe(recipe, from_hub=False)
+    assert public.data.shards == "latents" and public.data.cache_dir is None
     plan = {"teacher": "/a/b", "teacher_plan": {"teacher": "../c/d"}}
     assert public_plan(plan) == {"teacher": "b", "teacher_plan": {"teacher": "d"}}
+
+
+def test_nothing_that_a_run_says_is_markdown(bkd, run):
+    evil = "<img src=x onerror=1> [x](javascript:y) | a"
+    facts = json.loads((run / "run.json").read_text())
+    facts |= {"device": evil, "teacher_digest": evil, "versions": {**facts["versions"], "torch": evil}}
+    (run / "run.json").write_text(json.dumps(facts))
+    report = json.loads((run / "eval" / "shapes.json").read_text())
+    report["models"][0]["name"] = evil
+    report["environment"]["device"] = evil
+    (run / "eval" / "shapes.json").write_text(json.dumps(report))
+    assert bkd("card", run, "--data", evil)[0] == 0
+    body = (run / "README.md").read_text().split("---\n", 2)[2]
+    assert "<img" not in body and "[x](" not in body.replace("\\[", "") and body.count("&lt;img") >= 6
+
+
+def test_a_teacher_whose_card_cannot_be_read_is_named(bkd, run, teacher_folder, tmp_path):
+    broken = shutil.copytree(teacher_folder, tmp_path / "broken")
+    (broken / "README.md").write_text("---\nlicense: [\n---\n")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("id: shapes", f"id: {broken}"))
+    code, said = bkd("card", run)
+    assert code == 1 and "the head of this model card cannot be read" in said and str(broken) in said
+    (broken / "README.md").write_text("---\nlicense: [mit, creativeml-openrail-m]\n---\n")
+    assert bkd("card", run)[0] == 0 and head_of(run / "README.md")["license"] == "creativeml-openrail-m"
+
+
+def test_wrong_words_of_the_author(bkd, run):
+    assert "not the name of a licence" in bkd("card", run, "--license", "MIT License")[1]
+    assert "--license other" in bkd("card", run, "--license-name", "Mine")[1]
+    assert "not the name of a model" in bkd("card", run, "--base-model", "junk")[1]
+    assert not (run / "README.md").exists()
+
+
+def test_what_lies_in_the_cards_folder_is_not_lost(bkd, run):
+    (run / "card").mkdir()
+    (run / "card" / "notes.txt").write_text("mine")
+    code, said = bkd("card", run)
+    assert code == 1 and "holds something else" in said and (run / "card" / "notes.txt").read_text() == "mine"
+
+
+def test_speed_of_other_weights_is_refused(bkd, run):
+    bench = ["--part", "unet", "--batch", 1, "--rounds", 2, "--no-memory", "-o", run / "eval" / "speed"]
+    bkd("bench", "speed", run, *bench)
+    path = run / "eval" / "speed" / "speed.json"
+    path.write_text(path.read_text().replace(model_digest(run / "student"), "0" * 64))
+    code, said = bkd("card", run)
+    assert code == 1 and "these figures are of other weights" in said and "bkd bench speed" in said
+
+
+def test_a_card_goes_along_with_an_export(bkd, run, tmp_path):
+    bkd("card", run)
+    assert bkd("export", run, "-o", tmp_path / "half", "--dtype", "float16")[0] == 0
+    card = tmp_path / "half" / "README.md"
+    assert head_of(card)["bkd_student_sha256"] == model_digest(tmp_path / "half") != model_digest(run / "student")
+    assert (
+        f"These weights are float16. All figures are of the float32 student, SHA-256 {model_digest(run / 'student')}"
+        in card.read_text()
+    )
+    assert (tmp_path / "half" / "card" / "samples.png").is_file()
+    assert bkd("export", run, "-o", tmp_path / "half", "--overwrite")[0] == 0
+    assert bkd("push", tmp_path / "half", "--repo", "ada/half", "--dry-run")[0] == 0
 
 
 def test_from_run_to_hub_to_picture(run, hub, tmp_path):  # noqa: F811
@@ -172,8 +240,12 @@ def test_from_run_to_hub_to_picture(run, hub, tmp_path):  # noqa: F811
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
+    hub.fail("PUT", "large", 500, "cut")
     said = author_types("card", run) + author_types("push", run, "--repo", "ada/small")
+    assert "SECRET" not in said  # of the token, and of signed addresses
     files = hub.repos["model"]["ada/small"].files()
+    for name, content in files.items():
+        assert not [place for place in (str(run.parent), os.getcwd()) if place.encode() in content], name  # noqa: PTH109
     card = files["README.md"].decode()
     example = re.search(r"```python\n(.*?)```", card, re.S)[1]
     assert 'from_pretrained("ada/small")' in example and PROMPT in example
@@ -198,3 +270,7 @@ def test_a_run_that_trains_is_not_pushed(bkd, run):
     for command in (["push", run, "--repo", "ada/small", "--dry-run"], ["card", run]):
         code, said = bkd(*command)
         assert code == 1 and "this run is not finished" in said
+    (run / "run.json").write_text(json.dumps(facts))
+    leave(run, US)
+    code, said = bkd("push", run / "student", "--repo", "ada/small", "--dry-run")
+    assert code == 1 and "another process is working on this run" in said

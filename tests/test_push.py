@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from bkd.hub.trouble import explained, is_local
 from tests.hub_server import Repo, hub  # noqa: F401 - a fixture
 
 CARD = """---
@@ -193,8 +194,62 @@ def test_a_pull_request_is_never_sent_twice(push, hub):  # noqa: F811
     assert len(hub.repos["model"]["bob/theirs"].proposals) == 1
 
 
+def test_somebody_elses_commit_is_not_written_over(push, hub):  # noqa: F811
+    push()
+    repo = hub.repos["model"]["ada/small"]
+
+    def theirs():
+        head = repo.branches["main"]
+        repo.commits["f" * 40] = {**repo.commits[head], "README.md": b"theirs"}
+        repo.branches["main"] = "f" * 40
+
+    hub.fail("POST", "commit", 503)
+    hub.before_commit = theirs
+    repo.files()["bkd_plan.json"] = b"{}"
+    code, said = push()
+    assert code == 1 and "somebody else changed the repository" in said and repo.files()["README.md"] == b"theirs"
+    hub.before_commit, hub.faults = lambda: None, {}
+    repo.commits["0" * 39 + "1"], repo.branches["main"] = {**repo.files(), "bkd_plan.json": b"{}"}, "0" * 39 + "1"
+    hub.fail("POST", "commit", 503)
+    waits = iter([theirs])
+    hub.on_fault = lambda: next(waits, lambda: None)()
+    code, said = push()
+    assert code == 1 and "another commit since this push began" in said and repo.files()["README.md"] == b"theirs"
+
+
+def test_a_pull_request_behind_an_error_may_have_arrived(push, hub):  # noqa: F811
+    hub.repos["model"]["bob/theirs"] = Repo()
+    hub.fail("POST", "commit", 504)
+    code, said = push("--pr", repo="bob/theirs")
+    assert code == 1 and "may have arrived" in said
+
+
+def test_a_card_that_the_hub_refuses(push, hub, student):  # noqa: F811
+    (student / "README.md").write_text(CARD.replace("apache-2.0", "unheard-of"))
+    code, said = push()
+    assert code == 1 and '"license" must be one of' in said and not hub.repos["model"]["ada/small"].messages
+
+
+def test_a_hub_that_is_switched_off(push, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, said = push()
+    assert code == 1 and "the Hub is switched off" in said
+
+
+def test_errors_of_the_storage_and_of_this_disk():
+    import hf_xet
+
+    said = explained(hf_xet.XetAuthenticationError("no"), repo="a/b", doing="uploading", token="t")
+    assert said.what == "this token may not write there (uploading)"
+    assert is_local(PermissionError(13, "Permission denied", "unet/model.safetensors"))
+    assert not is_local(hf_xet.XetAuthenticationError("no")) and not is_local(ConnectionResetError(104, "reset"))
+    error = RuntimeError("PUT https://host/x?X-Amz-Signature=SECRET hf_token failed")
+    said = explained(error, repo="a/b", doing="uploading", token="hf_token")
+    assert "SECRET" not in str(said) and "hf_token" not in str(said)
+
+
 def test_bad_names_and_tokens(push, hub, monkeypatch):  # noqa: F811
-    for name in ("small", "datasets/ada/small", "ada/", "https://hub/ada/small", "ada/sm all", "ada/x--y"):
+    for name in ("small", "datasets/ada/small", "ada/", "https://hub/ada/small", "ada/sm all", "ada/x--y", "ada/x.git"):
         code, said = push(repo=name)
         assert code == 1 and "not the name of a repository" in said and "NAMESPACE/NAME" in said
     assert "put your user name or organisation before the name" in push(repo="small")[1]
@@ -225,7 +280,7 @@ def test_what_is_not_ready(push, hub, student, tmp_path):  # noqa: F811
     (student / "README.md").write_text(CARD.replace("library_name: diffusers", "bkd_student_sha256: abc"))
     assert "the card was written for other weights" in push()[1]
     (student / "README.md").write_text("---\nlicense: [\n---\n")
-    assert "head of the model card cannot be read" in push()[1]
+    assert "head of this model card cannot be read" in push()[1]
     (student / "README.md").unlink()
     code, said = push()
     assert code == 1 and "there is no model card" in said

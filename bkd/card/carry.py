@@ -9,13 +9,18 @@ from bkd.card.files import CARD_FILE, CARD_FOLDER, DIGEST_KEY, is_written_card
 from bkd.files import write_atomically
 from bkd.model_folder import model_digest
 
+MEASURED = "\n## Measured\n"
 
-def carry_card(run: Path, exported: Path) -> bool:
+
+def carry_card(run: Path, exported: Path, dtype: str) -> bool:
     """Copy a run's card to a folder that its student was exported to, as that of the exported weights.
+
+    It says which weights its figures are of.
 
     Args:
         run: With or without a card.
         exported: Pipeline folder.
+        dtype: Of the exported weights.
 
     Returns:
         Whether there was a card of the run's student.
@@ -26,6 +31,9 @@ def carry_card(run: Path, exported: Path) -> bool:
     text, before = card.read_text(encoding="utf-8"), model_digest(run / "student")
     if f"{DIGEST_KEY}: {before}" not in text:
         return False
+    text = text.replace(f"{DIGEST_KEY}: {before}", f"{DIGEST_KEY}: {model_digest(exported)}")
+    note = f"These weights are {dtype}. All figures are of the float32 student, SHA-256 {before}.\n"
+    text = text.replace(MEASURED, f"{MEASURED}\n{note}", 1) if MEASURED in text else f"{text}\n{note}"
     shutil.copytree(run / CARD_FOLDER, exported / CARD_FOLDER, dirs_exist_ok=True)
-    write_atomically(exported / CARD_FILE, text.replace(before, model_digest(exported)))
+    write_atomically(exported / CARD_FILE, text)
     return True

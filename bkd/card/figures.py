@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bkd.card.tables import table
+from bkd.card.tables import Markdown, table
 from bkd.eval.shown import NONE
 from bkd.report.architecture import Architecture
 from bkd.report.speed_view import SpeedReport
@@ -36,9 +36,14 @@ def summary(known: Architecture) -> str:
     return " and ".join(f"{share:.1%} fewer {what}" for what, share in saved.items())
 
 
-def cost_table(known: Architecture) -> str:
-    """Parameters, operations and evaluations of teacher and student, and what of the teacher's is left."""
-    return table(("", "teacher", "this model", "change"), list(_costs(known)))
+def cost_table(known: Architecture, origin: str) -> Markdown:
+    """Parameters, operations and evaluations of both models, and by how much they differ.
+
+    Args:
+        known: Of both.
+        origin: What the first is called.
+    """
+    return table(("", origin, "this model", "change"), list(_costs(known)))
 
 
 def _costs(known: Architecture) -> Iterator[tuple[str, str, str, str]]:

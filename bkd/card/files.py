@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bkd.run_folder import SUITES
+
 CARD_FILE = "README.md"
 CARD_FOLDER = "card"
 """Pictures, measurements and the recipe that the card speaks of."""
 REPO_PLACEHOLDER = "NAMESPACE/NAME"
 """Stands in the card's example for the repository, until `bkd push` knows it."""
+SHOWN = ("samples.png", "removed.png", "recipe.yaml", "speed.json", *(f"{suite}.json" for suite in SUITES))
+"""What may lie in that folder."""
 DIGEST_KEY = "bkd_student_sha256"
 """In the card's head: of the weights that it was written for."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bkd.card.files import DIGEST_KEY
 from bkd.card.subject import Subject
 from bkd.guidance import StudentKind
+from bkd.measuring import draws
 from bkd.model_folder import is_inpainting, unet_config
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def metadata(subject: Subject) -> str:
         base_model=subject.base_model,
         datasets=subject.datasets or None,
         library_name="diffusers",
-        pipeline_tag="image-to-image" if is_inpainting(unet_config(subject.student)) else "text-to-image",
-        tags=["stable-diffusion", "knowledge-distillation", "bkd", *_tags(subject)],
+        pipeline_tag=_pipeline_tag(subject),
+        tags=["stable-diffusion", "bkd", *_tags(subject)],
         model_name=subject.name,
         eval_results=[result for report in subject.evaluations for result in _results(report)] or None,
     )
@@ -38,8 +39,16 @@ def metadata(subject: Subject) -> str:
     return f"---\n{head.to_yaml()}\n---\n"
 
 
+def _pipeline_tag(subject: Subject) -> str | None:
+    """The Hub's word for what it does; none for one that encodes."""
+    if not draws(subject.run):
+        return None
+    return "image-to-image" if is_inpainting(unet_config(subject.student)) else "text-to-image"
+
+
 def _tags(subject: Subject) -> Iterator[str]:
     kind = StudentKind.of(subject.student)
+    yield "knowledge-distillation" if subject.distilled else "fine-tuned"
     if subject.built.removed:
         yield "pruned"
     if kind.guidance is not None:
@@ -63,7 +72,7 @@ def _results(report: Mapping[str, Any]) -> Iterator[EvalResult]:
     for split, kind, title, value in _figures(settings, student):
         yield EvalResult(
             task_type="text-to-image",
-            dataset_type=settings["suite"],
+            dataset_type="custom",  # the Hub takes other words for the id of a data set
             dataset_name=DATASETS[settings["suite"]],
             dataset_split=split,
             dataset_args=conditions,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bkd.card.license import License, carried_over, is_hub_id, teacher_license
-from bkd.card.privacy import public_name
+from bkd.card.license import License, carried_over, teacher_license
+from bkd.card.privacy import model_name
 from bkd.data.shapes import EMBEDDED
 from bkd.errors import BkdError, HubError
-from bkd.locate import locate
+from bkd.locate import HUB_ID, hub_commit, locate
+from bkd.measuring import WORLD, eval_command, speed_command
 from bkd.model_folder import model_digest
 from bkd.recipe.schema import Recipe
 from bkd.report.architecture import Architecture, architecture
@@ -49,6 +51,7 @@ class Subject:
         said: By the author.
         license: The student's.
         license_of_teacher: Whether that is its teacher's.
+        from_hub: Whether the teacher came from the Hub.
     """
 
     run: RunFolder
@@ -61,6 +64,7 @@ class Subject:
     said: AuthorSays
     license: License
     license_of_teacher: bool
+    from_hub: bool
 
     @property
     def name(self) -> str:
@@ -69,12 +73,22 @@ class Subject:
     @property
     def base_model(self) -> str | None:
         """The teacher's Hub id, where it has one."""
-        return self.said.base_model or (self.recipe.teacher.id if is_hub_id(self.recipe.teacher.id) else None)
+        return self.said.base_model or (self.recipe.teacher.id if self.from_hub else None)
+
+    @property
+    def teacher(self) -> str:
+        """Its name."""
+        return self.base_model or model_name(self.recipe.teacher.id, from_hub=self.from_hub)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether a teacher taught it, rather than the data alone."""
+        return any(stage.method.name != "finetune" for stage in self.recipe.stages)
 
     @property
     def datasets(self) -> list[str]:
         """Hub ids of the training data."""
-        return [self.said.data] if self.said.data and is_hub_id(self.said.data) else []
+        return [self.said.data] if self.said.data and HUB_ID.fullmatch(self.said.data) else []
 
     @property
     def picture(self) -> Path | None:
@@ -85,13 +99,13 @@ class Subject:
 
     def open_questions(self) -> Iterator[str]:
         """What others will ask, and nobody has said yet."""
-        if not self.evaluations:
-            yield f"there are no figures, which bkd push wants: bkd eval {self.run.path}, then again with --overwrite"
-        if self.speed is None:
-            yield f"speed is not measured: bkd bench speed {self.run.path} -o {self.run.speed_file.parent}"
+        if not self.evaluations and (measure := eval_command(self.run)):
+            yield f"there are no figures, which bkd push wants: {measure}, then again with --overwrite"
+        if self.speed is None and (measure := speed_command(self.run)):
+            yield f"speed is not measured: {measure}, then again with --overwrite"
         if self.recipe.teacher.id != EMBEDDED and self.base_model is None:
             yield "the teacher was a folder; if it is on the Hub, say where: --base-model OWNER/NAME"
-        if self.recipe.data.shards != EMBEDDED and self.said.data is None:
+        if self.recipe.data.shards not in WORLD and self.said.data is None:
             yield "nobody says what the training data is: --data 'LAION-aesthetic 6.5+, 1M pairs', or a Hub id"
 
 
@@ -101,48 +115,72 @@ def subject_of(run: RunFolder, said: AuthorSays) -> Subject:
     Raises:
         BkdError: If the run is not finished, no licence is known, or a measurement is of other weights.
     """
+    if said.base_model is not None and not HUB_ID.fullmatch(said.base_model):
+        raise HubError(
+            "not the name of a model on the Hub", where="--base-model", got=said.base_model, allowed="OWNER/NAME"
+        )
     require_finished(run)
     student, recipe = locate(run.path), run.recipe()
-    digest = model_digest(student)
-    theirs = license_of_teacher(recipe)
-    license = carried_over(theirs, said.license, public_name(recipe.teacher.id))
+    digest, teacher = model_digest(student), _teacher_of(recipe)
+    theirs = None if teacher is None else license_of(recipe.teacher.id, teacher)
+    from_hub = run.facts().get("teacher_commit") is not None or (
+        teacher is not None and hub_commit(teacher) is not None
+    )
+    license = carried_over(theirs, said.license, model_name(recipe.teacher.id, from_hub=from_hub))
     return Subject(
         run=run,
         student=student,
         recipe=recipe,
         digest=digest,
         built=architecture(run),
-        evaluations=tuple(_evaluation(path, digest) for path in run.evaluations),
-        speed=read_speed(run),
+        evaluations=tuple(_evaluation(run, path, digest) for path in run.evaluations),
+        speed=_speed(run, digest),
         said=said,
         license=license,
         license_of_teacher=theirs is not None and license.id == theirs.id,
+        from_hub=from_hub,
     )
 
 
-def license_of_teacher(recipe: Recipe) -> License | None:
-    """What a recipe's teacher is under; of one that a run made, what that run's teacher is."""
+def license_of(name: str, teacher: Path) -> License | None:
+    """What a teacher is under; of one that a run made, what that run's teacher is."""
+    if (run := run_of_student(teacher)) is None:
+        return teacher_license(name, teacher)
+    recipe = run.recipe()
+    before = _teacher_of(recipe)
+    return None if before is None else license_of(recipe.teacher.id, before)
+
+
+def _teacher_of(recipe: Recipe) -> Path | None:
+    """Where it lies; None for one that is gone or cannot be reached: then its author is asked."""
     own = recipe.teacher
     try:
-        folder = locate(own.id, revision=own.revision, config=own.config, weights=False)
-    except BkdError:  # it is gone, or cannot be reached: its author is asked
+        return locate(own.id, revision=own.revision, config=own.config, weights=False)
+    except BkdError:
         return None
-    found = teacher_license(own.id, folder)
-    if found is None and (run := run_of_student(folder)) is not None:
-        return license_of_teacher(run.recipe())
-    return found
 
 
-def _evaluation(path: Path, digest: str) -> Report:
+def _evaluation(run: RunFolder, path: Path, digest: str) -> Report:
     """A report whose last model is the student as it is now."""
     report = read_evaluation(path)
+    _require_same_weights(path, report, digest, f"{eval_command(run, path.stem)} --overwrite")
+    return report
+
+
+def _speed(run: RunFolder, digest: str) -> SpeedReport | None:
+    """The same of a measurement of speed."""
+    if (report := read_speed(run)) is not None:
+        _require_same_weights(run.speed_file, report, digest, f"{speed_command(run)} --overwrite")
+    return report
+
+
+def _require_same_weights(path: Path, report: Mapping[str, Any], digest: str, remedy: str) -> None:
     name = report["models"][-1]["name"]
-    if report["digests"].get(name) != digest:
+    if (known := report.get("digests", {}).get(name)) != digest:
         raise HubError(
             "these figures are of other weights than the student's",
             where=path,
-            got=f"{name}, SHA-256 {report['digests'].get(name)}",
+            got=f"{name}, SHA-256 {known or 'not known'}",
             allowed=digest,
-            remedy=f"measure anew: bkd eval {path.parent.parent} --suite {path.stem} --overwrite",
+            remedy=remedy,
         )
-    return report

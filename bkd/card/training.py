@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from bkd.card.tables import table
+from bkd.card.tables import Markdown, table
+from bkd.measuring import WORLD
 from bkd.recipe.schema import Recipe
 from bkd.recipe.stages import Guided, Kd, Stage
 
 COLUMNS = ("stage", "steps", "images a step", "learning rate", "loss", "trained", "averaged")
 
 
-def settings_table(recipe: Recipe) -> str:
+def settings_table(recipe: Recipe) -> Markdown:
     """A line for each stage."""
     return table(COLUMNS, [_row(recipe, number) for number in range(len(recipe.stages))])
 
@@ -50,7 +51,7 @@ def data_sentence(recipe: Recipe, num_samples: int | None, said: str | None) -> 
         said: By the author, of the data.
     """
     counted = f"{num_samples:,} image-caption pairs" if num_samples else "image-caption pairs"
-    if recipe.data.shards == "shapes":
+    if recipe.data.shards in WORLD:
         counted += " of the embedded world: procedurally drawn shapes"
     filters = ", ".join(f"{field} {rule}" for field, rule in recipe.data.filters.items())
     return f"Trained on {counted}{f', kept where {filters}' if filters else ''}{f': {said}' if said else ''}."

@@ -29,11 +29,14 @@ def card(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier card.")] = False,
 ) -> None:
     """Write the model card of a run's student: what it is, what it can, how it was made, and its licence."""
-    from bkd.card.license import License
+    from bkd.card.license import NAMED_ELSEWHERE, License
     from bkd.card.subject import AuthorSays, subject_of
     from bkd.card.write import write_card
+    from bkd.errors import HubError
     from bkd.run_folder import RunFolder
 
+    if (license_name or license_link) and license != NAMED_ELSEWHERE:
+        raise HubError("a name and a link are for --license other", where="--license", got=license, remedy="say so")
     own = License(license, license_name, license_link) if license else None
     subject = subject_of(RunFolder(run), AuthorSays(own, base_model, data))
     written = write_card(subject, overwrite=overwrite)
@@ -75,6 +78,8 @@ def push(
         console.print(f"nothing was sent; without --dry-run it goes to {repo}")
         return
     pushed = Push(target, files, message or f"Upload {home.resolve().name} with bkd", console.print).run()
+    if pushed.removed:
+        console.print(f"removed, of an earlier student: {', '.join(pushed.removed)}")
     console.print(
         f"{counted(len(pushed.changed), 'file')} sent, {pushed.unchanged} unchanged, {len(pushed.removed)} removed"
     )

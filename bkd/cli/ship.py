@@ -63,7 +63,7 @@ def export(
     wanted, options = DTYPES[dtype or "float32"], {"raw": weights == "raw", "overwrite": overwrite}
     if kind == "pipeline":
         exports.export_pipeline(model, output, wanted, **options)
-        card = carry_card(model, output) if weights == "ema" else False
+        card = carry_card(model, output, dtype or "float32") if weights == "ema" else False
         console.print(f"done: {output} is a stock diffusers pipeline folder" + ", with the run's card" * card)
         _show_use(StudentKind.of(output), output / "scheduler")
     elif kind == "single-file":

@@ -112,7 +112,7 @@ def bench_speed(
         progress: Called with (done, total) rounds of it.
 
     Returns:
-        `device`, `versions`, `settings`, and for each model its size and, by case, its times and memory.
+        `device`, `versions`, `settings`, `digests`, and for each model its size and, by case, its times and memory.
 
     Raises:
         ModelError: If a dtype is none that the device computes in, or a model has not learnt the guidance scale.
@@ -129,6 +129,7 @@ def bench_speed(
         "device": describe_device(device),
         "versions": {"bkd": __version__, **{name: installed_version(name) for name in PACKAGES}},
         "settings": asdict(wish),
+        "digests": {model.name: model.digest for model in models},
         "models": rows,
     }
 

@@ -6,17 +6,29 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER
+from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER, SHOWN
 from bkd.card.privacy import public_plan
 from bkd.files import file_digest
 from bkd.model_folder import parts_of, read_json
 from bkd.surgery.plan import PLAN_FILE
 
-PART_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
-"""Configurations, vocabularies and safe weights; pickled ones are never uploaded."""
-CARD_SUFFIXES = (".png", ".json", ".yaml")
+PART_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+)
+"""Configurations, vocabularies and safe weights of a part; pickled ones are never uploaded."""
+ORIGINS = ("_name_or_path", "name_or_path")
+"""Keys of configurations that hold the folder they were loaded from."""
 LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -70,21 +82,31 @@ def left_behind(folder: Path, files: list[RepoFile]) -> list[str]:
     return sorted(name for name in there if name not in taken)
 
 
+def is_of_a_student(name: str) -> bool:
+    """Whether a file of a repository is of a student, and would be half of another one if it stayed."""
+    path = PurePosixPath(name)
+    if path.parent == PurePosixPath(CARD_FOLDER):
+        return path.name in SHOWN
+    return len(path.parts) == 2 and any(map(path.match, (*PART_FILES, "*.bin")))
+
+
 def _model(folder: Path) -> Iterator[Path]:
     yield from filter(Path.is_file, (folder / name for name in ("model_index.json", PLAN_FILE, *LICENSES)))
     for part in parts_of(folder):
-        yield from (path for path in (folder / part).iterdir() if path.is_file() and path.suffix in PART_SUFFIXES)
+        yield from (path for path in (folder / part).iterdir() if any(map(path.match, PART_FILES)))
 
 
 def _card(home: Path) -> Iterator[Path]:
     yield from filter(Path.is_file, (home / name for name in (CARD_FILE, *LICENSES)))
-    yield from (path for path in home.glob(f"{CARD_FOLDER}/*") if path.is_file() and path.suffix in CARD_SUFFIXES)
+    yield from filter(Path.is_file, (home / CARD_FOLDER / name for name in SHOWN))
 
 
 def _as_public(path: Path, repo: str) -> Path | bytes:
     """The file, or what of it others may read."""
     if path.name == CARD_FILE:
         return path.read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo).encode()
-    if path.name == PLAN_FILE:
-        return (json.dumps(public_plan(read_json(path)), indent=2) + "\n").encode()
-    return path
+    if path.suffix != ".json" or path.parent.name == CARD_FOLDER:
+        return path
+    facts = read_json(path)
+    public = public_plan(facts) if path.name == PLAN_FILE else {k: v for k, v in facts.items() if k not in ORIGINS}
+    return path if public == facts else (json.dumps(public, indent=2) + "\n").encode()

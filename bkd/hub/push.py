@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from bkd import __version__
 from bkd.errors import HubError
-from bkd.hub.contents import RepoFile
-from bkd.hub.trouble import BUSY, CONFLICT, LOGIN, explained, is_connection_trouble, status_of
+from bkd.hub.contents import RepoFile, is_of_a_student
+from bkd.hub.trouble import (
+    BUSY,
+    CONFLICT,
+    LOGIN,
+    changed_meanwhile,
+    explained,
+    is_connection_trouble,
+    is_local,
+    status_of,
+)
 from bkd.progress import Phase
 
 if TYPE_CHECKING:
@@ -42,7 +51,7 @@ class Target:
     pull_request: bool = False
 
     def __post_init__(self) -> None:
-        if self.repo.count("/") != 1 or not REPO.fullmatch(self.repo) or re.search(r"--|\.\.", self.repo):
+        if self.repo.count("/") != 1 or not REPO.fullmatch(self.repo) or re.search(r"--|\.\.|\.git$", self.repo):
             raise HubError(
                 "not the name of a repository on the Hub",
                 where="--repo",
@@ -109,6 +118,7 @@ class Push:
             HubError: If the Hub refuses, the connection breaks, or somebody else writes to the repository. Nothing of
                 an unfinished upload is visible, and the same command continues it.
         """
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its warnings quote signed addresses
         target = self._target
         self._phase(f"asking the Hub for {target.repo}")
         self._ask("signing in", self._require_write_access)
@@ -153,17 +163,21 @@ class Push:
 
     def _commit(self) -> Pushed:
         """Send what differs until the Hub has it, and never twice."""
-        sent = _Difference((), ())
+        sent, first = _Difference((), ()), None
         for attempt in range(TRIES):
             head, there = self._ask("reading what is there", self._head)
             found = differences(self._files, there)
             if not found:  # also when an earlier attempt arrived, and its answer did not
                 url = f"{self._api.endpoint}/{self._target.repo}/tree/{self._target.revision or 'main'}"
                 return self._pushed(url, sent)
-            sent = found
+            if first not in (None, head):
+                raise changed_meanwhile(self._target.repo, "another commit since this push began")
+            sent, first = found, head
             try:
                 return self._pushed(self._send(found, head), found)
             except Exception as error:  # the client raises a dozen kinds
+                if is_local(error):
+                    raise
                 if attempt == TRIES - 1 or not self._may_repeat(error):
                     raise self._explained(error, "uploading") from error
                 self._wait(attempt, error)
@@ -233,9 +247,10 @@ class Push:
 
     def _explained(self, error: Exception, doing: str) -> HubError:
         found = explained(error, repo=self._target.repo, doing=doing, token=self._token)
-        if self._target.pull_request and doing == "uploading" and status_of(error) is None:
+        status = status_of(error)
+        if self._target.pull_request and doing == "uploading" and (status is None or status >= 500):
             found = HubError(
-                "the connection broke while the pull request was sent, which may have arrived",
+                "the pull request was sent, and may have arrived: its answer is missing",
                 where=self._target.repo,
                 got=found.got,
                 remedy="look at the repository's pull requests before the same command again",
@@ -262,11 +277,11 @@ def differences(files: Sequence[RepoFile], there: Mapping[str, str]) -> _Differe
         there: Its files, each with its SHA-256 or git's number.
 
     Returns:
-        Files to send; and names to remove, which lie in the folders of parts that are sent, and nowhere else.
+        Files to send; and names to remove, of weights and configurations in the folders of parts that are sent.
     """
     ours = {file.name for file in files}
-    folders = {PurePosixPath(name).parts[0] for name in ours if "/" in name}
-    removed = (name for name in there if name not in ours and "/" in name and PurePosixPath(name).parts[0] in folders)
+    folders = {name.partition("/")[0] for name in ours if "/" in name}
+    removed = (n for n in there if n not in ours and n.partition("/")[0] in folders and is_of_a_student(n))
     return _Difference(tuple(file for file in files if not _is_there(file, there)), tuple(sorted(removed)))
 
 

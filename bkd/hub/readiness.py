@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Any
 
 from bkd.card.files import CARD_FILE, DIGEST_KEY
+from bkd.card.head import read_head
 from bkd.errors import HubError
 from bkd.locate import locate
+from bkd.measuring import eval_command, quoted
 from bkd.model_folder import check_pipeline_folder, model_digest
-from bkd.run_folder import RunFolder, require_finished
+from bkd.run_folder import RunFolder, require_finished, run_of_student
 
 
 def student_and_home(path: Path) -> tuple[Path, Path]:
@@ -19,13 +19,11 @@ def student_and_home(path: Path) -> tuple[Path, Path]:
     Raises:
         BkdError: If the run is not finished, a process works on it, or the folder is no whole pipeline.
     """
-    run = RunFolder(path)
-    is_run = run.facts_file.is_file()
-    if is_run:
-        require_finished(run)
-    elif not path.is_dir():
+    if not path.is_dir():
         raise HubError("no such folder", where=path, allowed="a run, or a pipeline folder")
-    student = locate(path) if is_run else path
+    if (run := run_of_student(path)) is not None:
+        require_finished(run)  # its student may change, also where that is what was named
+    student = locate(path) if RunFolder(path).facts_file.is_file() else path
     check_pipeline_folder(student)
     return student, path
 
@@ -38,39 +36,26 @@ def shortcomings(student: Path, home: Path) -> list[HubError]:
         home: Of its card.
     """
     card, is_run = home / CARD_FILE, student != home
-    command = f"bkd card {shlex.quote(str(home))}"
+    command = f"bkd card {quoted(home)}"
 
     def lacking(what: str, of_run: str, of_folder: str) -> HubError:
         return HubError(what, where=card, remedy=f"{of_run if is_run else of_folder}; --force uploads all the same")
 
     if not card.is_file():
         return [lacking("there is no model card", command, "write one there, with the Hub's metadata at its head")]
-    known, found = read_card(card), []
+    try:
+        known, found = read_head(card), []
+    except HubError as unreadable:
+        return [unreadable]
     if not known.get("license"):
         found.append(
             lacking("the card names no licence", f"{command} --license ID --overwrite", "license: at its head")
         )
     if not known.get("model-index"):
-        measure = f"bkd eval {shlex.quote(str(home))}, then {command} --overwrite"
+        measure = f"{eval_command(RunFolder(home)) if is_run else ''}, then {command} --overwrite"
         found.append(lacking("the card holds no figures", measure, "model-index: at its head"))
     if known.get(DIGEST_KEY) not in (None, model_digest(student)):
         found.append(
             lacking("the card was written for other weights", f"{command} --overwrite", "export the run once more")
         )
     return found
-
-
-def read_card(card: Path) -> dict[str, Any]:
-    """The metadata at a card's head.
-
-    Raises:
-        HubError: If it cannot be read.
-    """
-    from huggingface_hub import metadata_load
-
-    try:
-        return metadata_load(card) or {}
-    except Exception as error:  # of YAML, of the client, of the text's encoding
-        raise HubError(
-            "the head of the model card cannot be read", where=card, got=str(error).splitlines()[0]
-        ) from error

@@ -36,6 +36,21 @@ def is_connection_trouble(error: BaseException) -> bool:
     return status_of(error) is None and bool(names & {"TransportError", "ConnectionError", "TimeoutError"})
 
 
+def is_local(error: BaseException) -> bool:
+    """Whether a file of this machine is at fault, which the system's own words say best."""
+    return (
+        isinstance(error, OSError)
+        and type(error).__module__ == "builtins"
+        and error.filename is not None
+        and not is_connection_trouble(error)
+    )
+
+
+def _is_refused_by_storage(error: BaseException) -> bool:
+    """Whether the storage of large files (`hf_xet`, which answers without a status) does not take the token."""
+    return any(type(each).__name__ == "XetAuthenticationError" for each in _chain(error))
+
+
 def explained(error: BaseException, *, repo: str, doing: str, token: str) -> HubError:
     """An error of the client as one for the user.
 
@@ -47,6 +62,8 @@ def explained(error: BaseException, *, repo: str, doing: str, token: str) -> Hub
     """
     status = status_of(error)
     got = _said(error, token)
+    if status is None and _is_refused_by_storage(error):
+        status = 403
     if status == 401:
         return HubError("the Hub does not know this token", where=repo, got=got, remedy=f"a new token: {LOGIN}")
     if status == 403:
@@ -60,12 +77,7 @@ def explained(error: BaseException, *, repo: str, doing: str, token: str) -> Hub
     if status == 404:
         return HubError("the Hub has no such repository or revision, or this token may not see it", where=repo, got=got)
     if status in (CONFLICT, OUTDATED):
-        return HubError(
-            "somebody else changed the repository meanwhile",
-            where=repo,
-            got=got,
-            remedy="look at what changed, then the same command again",
-        )
+        return changed_meanwhile(repo, got)
     if status == 429:
         return HubError(f"the Hub limits requests ({doing})", where=repo, got=got, remedy=f"later, {AGAIN}")
     if status is not None and status >= 500:
@@ -75,10 +87,22 @@ def explained(error: BaseException, *, repo: str, doing: str, token: str) -> Hub
     return HubError(f"{doing} failed", where=repo, got=got, remedy=AGAIN if status is None else None)
 
 
+def changed_meanwhile(repo: str, got: str) -> HubError:
+    """Somebody else's commit is not to be written over."""
+    return HubError(
+        "somebody else changed the repository meanwhile",
+        where=repo,
+        got=got,
+        remedy="look at what changed, then the same command again",
+    )
+
+
 def _said(error: BaseException, token: str) -> str:
     """What the Hub said, or the kind of failure, without addresses and without the token."""
     answer = answer_of(error)
-    if answer is None:
+    if type(error) is ValueError:  # what the client makes of a card that the Hub does not take
+        said = str(error)
+    elif answer is None:
         deepest = list(_chain(error))[-1]
         said = f"{type(deepest).__name__}: {str(deepest).strip() or 'no further words'}"
     else:

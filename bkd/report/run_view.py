@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bkd.data.shapes import EMBEDDED
 from bkd.errors import OutputError
 from bkd.eval.sheet import read_sheet
+from bkd.measuring import eval_command, speed_command
 from bkd.report.architecture import Architecture, architecture
 from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
@@ -113,26 +112,14 @@ class RunView:
         return "finished" if self.files.facts.get("status") == "done" else "not finished"
 
     @property
-    def draws(self) -> bool:
-        """Whether the student can be measured by drawing with it: not if it encodes."""
-        return self.architecture.student is None or self.architecture.student.steps is not None
-
-    @property
     def eval_command(self) -> str | None:
         """What measures it, if anything does."""
-        if not self.draws:
-            return None
-        embedded = self.files.run.recipe().data.shards == EMBEDDED
-        suite = "" if embedded else " --suite prompts --prompts FILE"
-        return f"bkd eval {shlex.quote(str(self.files.run.path))}{suite}"
+        return eval_command(self.files.run)
 
     @property
     def speed_command(self) -> str | None:
         """What measures its speed, if anything does."""
-        if not self.draws:
-            return None
-        path, output = self.files.run.path, self.files.run.speed_file.parent
-        return f"bkd bench speed {shlex.quote(str(path))} -o {shlex.quote(str(output))}"
+        return speed_command(self.files.run)
 
 
 def read_files(path: Path, label: str, frames: int) -> Files:
