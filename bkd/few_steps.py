@@ -43,6 +43,19 @@ class FewSteps:
         """How many a stock pipeline takes, with the scheduler of the student's folder."""
         return self.num_inference_steps // 2 if self.sampler == "stochastic" else self.num_inference_steps
 
+    @property
+    def call(self) -> str:
+        """How a stock pipeline is called, in words; with the scheduler of the student's folder that is exact."""
+        halved = f"it was halved to {self}: call the pipeline with num_inference_steps="
+        if self.direction == "inversion":
+            return (
+                f"{halved}{self.num_inference_steps}, the image's latents and bkd.sampling.InversionScheduler, or use "
+                "bkd edit"
+            )
+        other = "other numbers of steps and other schedulers visit noise levels that it never saw"
+        own = f", or {self.num_inference_steps} and bkd.sampling.StochasticScheduler, which it was trained for"
+        return f"{halved}{self.stock_steps}{own * (self.sampler == 'stochastic')}; {other}"
+
     def require(self, asked: int | None, model: object) -> None:
         """Refuse to draw with a student that encodes, or in a number of steps that it has not learnt.
 

@@ -43,6 +43,15 @@ class OnePassGuidance:
         """For a plan file."""
         return {"low": self.low, "high": self.high, "takes_scale": self.takes_scale}
 
+    @property
+    def call(self) -> str:
+        """How a stock pipeline is called, in words."""
+        if self.takes_scale:
+            how = f"it is told the guidance scale: call the pipeline with guidance_scale={self.low:g} to {self.high:g}"
+        else:
+            how = f"it holds guidance_scale {self}: call the pipeline with guidance_scale=1.0"
+        return f"{how}; each step is one pass, and a negative prompt has no effect"
+
     def nearest(self, asked: float) -> float:
         """The scale that it knows and that comes nearest to one."""
         return min(max(asked, self.low), self.high)
@@ -99,6 +108,11 @@ class StudentKind:
             "guidance": self.guidance.facts() if self.guidance else None,
             "few_steps": self.few_steps.facts() if self.few_steps else None,
         }
+
+    def calls(self) -> tuple[str, ...]:
+        """How a stock pipeline is called with it, where that is not as usual: a sentence each, without a full stop."""
+        told = [self.guidance.call] if self.guidance else []
+        return tuple(told + ([self.few_steps.call] if self.few_steps else []))
 
     def pipeline_scale(self, asked: float, model: object) -> float:
         """See `OnePassGuidance.pipeline_scale`."""

@@ -1,5 +1,6 @@
 """The model card: true to its run, safe to read, under a licence somebody stated; and the way to the Hub and back."""
 
+import ast
 import json
 import os
 import re
@@ -15,10 +16,12 @@ from PIL import Image
 from bkd.card.license import License, carried_over
 from bkd.card.privacy import model_name, place_name, public_plan, public_recipe
 from bkd.card.tables import table, words
+from bkd.card.usage import usage
 from bkd.cli.app import app
 from bkd.errors import HubError
 from bkd.model_folder import model_digest
 from bkd.recipe.load import load_recipe
+from bkd.recipe.schema import Samples
 from tests.hub_server import hub  # noqa: F401 - a fixture
 from tests.test_run_lock import US, leave
 
@@ -151,6 +154,41 @@ def test_text_stays_text():
     assert "<" not in escaped and "\n" not in escaped
     assert all(escaped[found.start() - 1] == "\\" for found in re.finditer(r"[\[\]`|*#]", escaped))
     assert table(("a", "b"), [("x|y", "1")]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
+
+
+ONE_SCALE = {"low": 3.0, "high": 3.0, "takes_scale": False}
+RANGE = {"low": 1.0, "high": 8.0, "takes_scale": True}
+FOUR = {"num_inference_steps": 4, "sampler": "deterministic", "direction": "generation"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "call", "said"),
+    [
+        ({}, "num_inference_steps=20,\n    guidance_scale=7.5", ()),
+        ({"guidance": RANGE}, "num_inference_steps=20,\n    guidance_scale=7.5", ("guidance_scale=1 to 8",)),
+        ({"guidance": ONE_SCALE}, "num_inference_steps=20,\n    guidance_scale=1,", ("guidance_scale=1.0",)),
+        ({"few_steps": FOUR}, "num_inference_steps=4,\n    guidance_scale=7.5", ("halved to 4 steps",)),
+        (
+            {"guidance": RANGE, "few_steps": {**FOUR, "sampler": "stochastic"}},
+            "num_inference_steps=2,\n    guidance_scale=7.5",
+            ("guidance_scale=1 to 8", "StochasticScheduler", "stochastic sampler, which stock diffusers lacks"),
+        ),
+        ({"few_steps": {**FOUR, "direction": "inversion"}}, None, ()),
+    ],
+)
+def test_a_card_calls_each_kind_of_student_as_it_is_to_be_called(tmp_path, teacher_folder, facts, call, said):
+    for part in ("model_index.json", "unet/config.json"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        shutil.copy(teacher_folder / part, tmp_path / part)
+    (tmp_path / "bkd_plan.json").write_text(json.dumps(facts))
+    prompt = 'a "quoted" caption\nof two lines'
+    found = usage(tmp_path, Samples(prompts=(prompt,), num_inference_steps=20, guidance_scale=7.5))
+    assert len(found.notes) == len(said) and all(word in note for word, note in zip(said, found.notes, strict=True))
+    assert (found.code is None) == (call is None)
+    if found.code is not None:
+        assert call in found.code
+        strings = [node.value for node in ast.walk(ast.parse(found.code)) if isinstance(node, ast.Constant)]
+        assert prompt in strings
 
 
 def test_places_stay_unknown():

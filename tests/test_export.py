@@ -1,6 +1,7 @@
 """What is handed on: single files in the original layout, raw weights, students' folders, and what other tools read."""
 
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -89,8 +90,7 @@ def test_every_tensor_has_a_name_that_diffusers_reads_back(family, blocks):
 )
 def test_what_the_layout_cannot_express_is_known_from_the_configuration(config, blocks, reason):
     _, config = student_of(config, blocks)
-    with pytest.raises(AssertionError, match=reason):
-        assert not list(unexpressible(config)), " ".join(unexpressible(config))
+    assert re.search(reason, " ".join(unexpressible(config)))
 
 
 SSD_1B = "mid.attn,down.2.*.t[4-9],up.0.0.t[4-9],up.0.1.t[4-9],up.1.1.t1,up.1.2.t1"

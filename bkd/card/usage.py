@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,10 @@ image = pipe(
 ).images[0]
 image.save("image.png")
 '''
-    return Usage(code, tuple(_notes(kind)))
+    notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in kind.calls()]
+    if kind.few_steps is not None and kind.few_steps.sampler == "stochastic":
+        notes.append("Figures and pictures of this card are of the stochastic sampler, which stock diffusers lacks.")
+    return Usage(code, tuple(notes))
 
 
 def _call(kind: StudentKind, samples: Samples) -> Mapping[str, str]:
@@ -58,28 +61,3 @@ def _call(kind: StudentKind, samples: Samples) -> Mapping[str, str]:
     if kind.guidance is not None:
         scale = kind.guidance.pipeline_scale(kind.guidance.nearest(scale), "this student")
     return {"num_inference_steps": str(steps), "guidance_scale": f"{scale:g}"}
-
-
-def _notes(kind: StudentKind) -> Iterator[str]:
-    known, few = kind.guidance, kind.few_steps
-    if known is not None and known.takes_scale:
-        yield (
-            f"Guidance is distilled into one pass: `guidance_scale`, from {known.low:g} to {known.high:g}, is an input "
-            "of the network; each step evaluates it once, and a negative prompt has no effect."
-        )
-    elif known is not None:
-        yield (
-            f"Guidance with scale {known} is distilled into the weights: call it with `guidance_scale=1.0`; each step "
-            "evaluates the network once, and a negative prompt has no effect."
-        )
-    if few is not None:
-        yield (
-            f"It was halved to {few}: draw with `num_inference_steps={few.stock_steps}` and the scheduler of this "
-            "repository. Other numbers of steps and other schedulers visit noise levels that it never saw."
-        )
-        if few.sampler == "stochastic":
-            yield (
-                f"Figures and pictures of this card are of the sampler that it was trained for, {few} with "
-                "`bkd.sampling.StochasticScheduler`; stock diffusers has none like it, and takes half as many "
-                "deterministic steps."
-            )

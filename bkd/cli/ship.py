@@ -10,7 +10,6 @@ import typer
 from bkd.cli.console import console, prepare
 
 if TYPE_CHECKING:
-    from bkd.few_steps import FewSteps
     from bkd.guidance import StudentKind
 
 
@@ -110,24 +109,7 @@ def _show_use(kind: StudentKind, scheduler: Path) -> None:
         kind: What was handed on.
         scheduler: Folder of the scheduler that draws with it.
     """
-    known, few = kind.guidance, kind.few_steps
-    if known is not None and known.takes_scale:
-        console.print(
-            f"it is told the guidance scale: call the pipeline with guidance_scale={known.low:g} to {known.high:g}"
-        )
-    elif known is not None:
-        console.print(f"it holds guidance_scale {known}: call the pipeline with guidance_scale=1.0")
-    if few is not None:
-        console.print(f"it was halved to {few}: {_call(few)}; its scheduler: {scheduler}")
-
-
-def _call(few: FewSteps) -> str:
-    """How the number of steps is said; the stock scheduler of a student's folder is exact unless another is named."""
-    if few.direction == "inversion":
-        return (
-            f"call the pipeline with num_inference_steps={few.num_inference_steps}, the image's latents and "
-            "bkd.sampling.InversionScheduler, or use bkd edit"
-        )
-    stock = f"call the pipeline with num_inference_steps={few.stock_steps}"
-    own = f", or {few.num_inference_steps} and bkd.sampling.StochasticScheduler"
-    return stock + own * (few.sampler == "stochastic")
+    for sentence in kind.calls():
+        console.print(sentence)
+    if kind.few_steps is not None:
+        console.print(f"its scheduler: {scheduler}")
