@@ -62,7 +62,7 @@ def full(tmp_path):
         add_picture(run.samples / f"00-step-{step:08d}.png", seed=step)
     add_picture(run.eval / "shapes.png", models=("teacher", "full untrained", "full"), seed=7)
     add_evaluation(run, ("teacher", "full untrained", "full"))
-    add_speed(run, ("teacher", "full"))
+    add_speed(run, ("teacher", "full"), few="full")
     return run
 
 
@@ -137,6 +137,8 @@ def test_a_run_is_shown_with_all_its_parts(full):
         "b" * 64,
         "f" * 64,
         "torch 2.15.0",
+        "2 rounds in turns; pipeline: 20 steps, guidance 3; full: 4 steps, guidance 3; "
+        "peak memory: of the process, libraries included",
         *PROMPTS,
     ):
         assert said in seen, said
