@@ -228,6 +228,32 @@ def test_figures_against_another_teacher_are_a_table_of_their_own(full, tmp_path
     assert page[: page.index('<details class="run">')].count("<article") == 2
 
 
+@pytest.mark.parametrize("other", [{"device": "NVIDIA H200"}, {"dtype": "float16"}])
+def test_figures_of_other_devices_or_dtypes_are_tables_of_their_own(full, tmp_path, other):
+    run = make_run(tmp_path / "other")
+    add_evaluation(run, ("teacher", "other"), **other)
+    page = page_of(full, run)
+    head = page[: page.index('<details class="run">')]
+    assert head.count("<article") == 2 and words(head).count(next(iter(other.values()))) == 1
+    assert "40 prompts, 20 steps, guidance 3, the same noise" in words(head)
+
+
+def test_every_teacher_has_its_costs_shown(full, tmp_path):
+    runs = [make_run(tmp_path / name, teacher_digest=digest) for name, digest in (("b", "c" * 64), ("c", "c" * 64))]
+    page = page_of(full, *runs)
+    rows = re.findall(r'<th scope="row">(.*?)</th>', page[: page.index('id="pictures"')])
+    assert rows == ["teacher of full", "teacher of b, c", "full", "b", "c"]
+
+
+def test_several_runs_need_a_page_of_their_own(bkd, full, tmp_path):
+    other = make_run(tmp_path / "other")
+    code, printed = bkd("report", full.path, other.path)
+    assert code == 1 and "-o comparison.html" in printed and "Traceback" not in printed
+    assert not list(tmp_path.glob("*/report.html"))
+    assert bkd("report", full.path, other.path, "-o", tmp_path / "both.html")[0] == 0
+    assert bkd("report", full.path)[0] == 0 and (full.path / "report.html").is_file()
+
+
 def test_long_logs_are_drawn_in_moments(tmp_path):
     run = make_run(tmp_path / "run")
     line = {"stage": 0, **{f"feature_kd_loss/{site}": 0.5 for site in range(20)}, "total": 0.1, "lr": 1e-4}
@@ -281,6 +307,17 @@ def test_noise_stays_within_the_budget_too():
         embedded.add(noise)
         assert len(base64.b64decode(embedded.hidden().popitem()[1].split(",")[1])) <= BUDGET / count
         assert embedded.reduced == 1
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_drawings_are_kept_exactly_whatever_their_size(noise):
+    sheet = Image.new("RGB", (900, 600), "#eeeeee")
+    sheet.paste("#3b6ea5", (100, 100, 400, 300))
+    if noise:
+        sheet.paste(Image.fromarray(pattern(256, 0, 0).permute(1, 2, 0).numpy()), (500, 300))
+    embedded = Embedded(1)
+    embedded.add(sheet)
+    assert embedded.reduced == noise
 
 
 def test_small_pictures_are_kept_exactly(tmp_path):
