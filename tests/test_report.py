@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from bkd.errors import BkdError, DataError, OutputError
 from bkd.eval.sheet import TEXT_KEY, Sheet, read_picture, read_sheet
+from bkd.eval.tables import half_width, interval
 from bkd.report.curves import MAX_DRAWN, Series, asked, chart, chart_svg
 from bkd.report.embedded import BUDGET, Embedded
 from bkd.report.gallery import sample_shots
@@ -252,6 +253,14 @@ def test_several_runs_need_a_page_of_their_own(bkd, full, tmp_path):
     assert not list(tmp_path.glob("*/report.html"))
     assert bkd("report", full.path, other.path, "-o", tmp_path / "both.html")[0] == 0
     assert bkd("report", full.path)[0] == 0 and (full.path / "report.html").is_file()
+
+
+def test_a_figure_is_written_with_its_interval():
+    found = {"value": 12.345, "low": 11.9, "high": 12.7}
+    assert (interval(found), half_width(found)) == ("12.35 (11.9 to 12.7)", "12.35 ± 0.4")
+    for write in (interval, half_width):
+        assert write({"value": 1.0, "low": None, "high": None}) == "1"
+        assert write({"skipped": "no images"}) == "skipped"
 
 
 def test_long_logs_are_drawn_in_moments(tmp_path):
