@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from bkd.errors import BkdError, DataError, OutputError
 from bkd.eval.sheet import TEXT_KEY, Sheet, read_picture, read_sheet
+from bkd.eval.shown import NONE
 from bkd.eval.tables import half_width, interval
 from bkd.report.curves import MAX_DRAWN, Series, asked, chart, chart_svg
 from bkd.report.embedded import BUDGET, Embedded
@@ -260,7 +261,7 @@ def test_a_figure_is_written_with_its_interval():
     assert (interval(found), half_width(found)) == ("12.35 (11.9 to 12.7)", "12.35 ± 0.4")
     for write in (interval, half_width):
         assert write({"value": 1.0, "low": None, "high": None}) == "1"
-        assert write({"skipped": "no images"}) == "skipped"
+        assert write({"skipped": "no images"}) == NONE
 
 
 def test_long_logs_are_drawn_in_moments(tmp_path):

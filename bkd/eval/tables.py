@@ -11,7 +11,7 @@ from bkd.eval.shown import METRIC_TITLES, NONE, calls_of, large, relative, share
 Model = Mapping[str, Any]
 """A model's figures, as a report has them."""
 Metric = Mapping[str, Any]
-COST_COLUMNS = ("UNet parameters", "UNet calls", "MACs an image")
+COST_COLUMNS = ("UNet params", "UNet calls", "MACs an image")
 CLOSENESS = "closeness"
 
 
@@ -37,9 +37,9 @@ class Table:
 
 
 def interval(metric: Metric) -> str:
-    """`12.3 (11.9 to 12.8)`; one image has no interval."""
+    """`12.3 (11.9 to 12.8)`; one image has no interval, and `skipped` says why there is no value."""
     if "skipped" in metric:
-        return "skipped"
+        return NONE
     if metric["low"] is None:
         return f"{metric['value']:.4g}"
     return f"{metric['value']:.4g} ({metric['low']:.4g} to {metric['high']:.4g})"
@@ -126,7 +126,7 @@ def _metrics(model: Model, split: str | None) -> dict[str, Metric]:
 
 def _cost(model: Model) -> tuple[str, str, str]:
     macs = model["unet_macs"] * model["num_inference_steps"] * model["passes_a_step"]
-    return f"{model['unet_parameters']:,}", calls_of(model), large(macs)
+    return large(model["unet_parameters"]), calls_of(model), large(macs)
 
 
 def _bias(metric: Metric) -> str:

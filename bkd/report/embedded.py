@@ -16,8 +16,8 @@ LOSSLESS_SIDE = 128
 QUALITY, SIDES = 85, (1024, 768, 640, 512, 384, 256, 192, 128, 96)
 """Of WebP, and the longest sides to choose from."""
 FLAT, WORTH = 0.8, 1.5
-"""Drawings are kept exactly, too: so many of their pixels are as the one to their left, and so many times as large as the
-lossy file the exact one may be."""
+"""Drawings are kept exactly, too: the share of their pixels that are as the one to their left, and how many times as
+large as the lossy file the exact one may be."""
 USUAL_BYTES = 0.15
 """Of a pixel at that quality; the side of all pictures follows from it, so that none looks better for its encoding."""
 
