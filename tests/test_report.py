@@ -22,6 +22,7 @@ from bkd.report.embedded import BUDGET, Embedded
 from bkd.report.gallery import sample_shots
 from bkd.report.page import write_report
 from bkd.report.scale import Scale
+from bkd.surgery.diagram import CLASSES
 from bkd.surgery.plan import PLAN_FILE
 from tests.report_runs import HOSTILE, PROMPTS, add_evaluation, add_picture, add_speed, make_run, pattern
 
@@ -254,6 +255,14 @@ def test_several_runs_need_a_page_of_their_own(bkd, full, tmp_path):
     assert not list(tmp_path.glob("*/report.html"))
     assert bkd("report", full.path, other.path, "-o", tmp_path / "both.html")[0] == 0
     assert bkd("report", full.path)[0] == 0 and (full.path / "report.html").is_file()
+
+
+def test_the_page_gives_the_diagram_its_own_colours(full):
+    page = page_of(full)
+    (style,) = Parsed(page).block("style")
+    for name in ("paper", *CLASSES.values()):
+        assert f".diagram .{name} {{ fill: " in style and f'class="{name}"' in page
+    assert not [colour for colour in CLASSES if colour in style]
 
 
 def test_a_figure_is_written_with_its_interval():

@@ -62,10 +62,11 @@ def _costs(views: Sequence[RunView]) -> Table:
 
 def _teachers(views: Sequence[RunView]) -> list[tuple[str, Model]]:
     """Each that differs, by weights or by how it draws; named by its runs where there are several."""
-    runs: dict[tuple[Any, Model], list[str]] = {}
+    runs: dict[tuple[str, Model], list[str]] = {}
     for view in views:
-        if view.architecture.teacher is not None:
-            runs.setdefault((view.files.facts.get("teacher_digest"), view.architecture.teacher), []).append(view.label)
+        digest, teacher = str(view.files.facts.get("teacher_digest")), view.architecture.teacher
+        if teacher is not None:
+            runs.setdefault((digest, teacher), []).append(view.label)
     return [
         (f"teacher of {', '.join(labels)}" if len(runs) > 1 else "teacher", teacher)
         for (_, teacher), labels in runs.items()
