@@ -92,7 +92,7 @@ def pattern(side, seed, column):
     return torch.from_numpy(drawn.clip(0, 255).astype(np.uint8))
 
 
-def add_evaluation(run, names=("teacher", "student"), *, digests=None, correct=(40, 38), device="cpu"):
+def add_evaluation(run, names=("teacher", "student"), *, digests=None, correct=(40, 38), device="cpu", dtype="float32"):
     """Figures of suite `shapes` on one split."""
     models = [
         {
@@ -108,7 +108,7 @@ def add_evaluation(run, names=("teacher", "student"), *, digests=None, correct=(
     ]
     drawing = {"num_inference_steps": 20, "guidance_scale": 3.0, "seed": 0, "rng": "per-image"}
     report = {
-        "settings": {"suite": "shapes", "splits": ["test"], "num_prompts": 40, "drawing": drawing},
+        "settings": {"suite": "shapes", "splits": ["test"], "num_prompts": 40, "drawing": drawing, "dtype": dtype},
         "environment": {"device": device, "versions": VERSIONS},
         "digests": dict(zip(names, digests or names, strict=True)),
         "models": models,
@@ -129,11 +129,13 @@ def _split(right):
     }
 
 
-def add_speed(run, names=("teacher", "student")):
-    """Times and memory of one kind of call."""
+def add_speed(run, names=("teacher", "student"), *, few=None, device="cpu, 2 threads"):
+    """Times and memory of one kind of call; one model may draw in fewer steps."""
     models = [
         {
             "name": name,
+            "num_inference_steps": 4 if name == few else 20,
+            "guidance_scale": 3.0,
             "cases": {
                 "unet, batch 1": {
                     "median_s": 0.2 / (number + 1),
@@ -145,7 +147,8 @@ def add_speed(run, names=("teacher", "student")):
         }
         for number, name in enumerate(names)
     ]
-    report = {"device": "cpu, 2 threads", "versions": VERSIONS, "settings": {"rounds": 2}, "models": models}
+    settings = {"rounds": 2, "parts": ["unet", "pipeline"], "num_inference_steps": 20, "guidance_scale": 3.0}
+    report = {"device": device, "versions": VERSIONS, "settings": settings, "models": models}
     write_atomically(run.speed_file, json.dumps(report))
 
 

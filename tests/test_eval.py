@@ -25,6 +25,7 @@ from bkd.eval.prompts_suite import PromptsScorer
 from bkd.eval.protocols import Wish, plan_drawing, plan_suite
 from bkd.eval.reference import Reference
 from bkd.recipe.load import dump_recipe, load_recipe
+from bkd.report.measurements import measurements
 from bkd.run_lock import LOCK_FILE
 from tests.test_clip_score import write_clip
 
@@ -172,6 +173,10 @@ def test_a_suite_of_prompts_from_end_to_end(bkd, tmp_path, prompts_file, incepti
     assert -1 <= model["clip_score"]["low"] <= model["clip_score"]["value"] <= model["clip_score"]["high"] <= 1
     assert model["fid"]["resize"] == "pytorch-fid" and model["kid"]["resize"] == "torch-fidelity"
     assert "compared with" in model["closeness"]["skipped"]
+    against = f"reference {model['fid']['reference'][:12]}; {model['fid']['extractor']}; CLIP clip "
+    (found,) = measurements([report_of(out, "prompts")])
+    assert against in " ".join(printed.split()) and against in found.conditions
+    assert found.skipped[0] == "FID: 4 reference images are too few for a covariance"
 
 
 def test_what_is_not_given_is_skipped_with_what_to_give(bkd, tmp_path, prompts_file):

@@ -15,11 +15,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from bkd.errors import BkdError, DataError, OutputError
 from bkd.eval.sheet import TEXT_KEY, Sheet, read_picture, read_sheet
+from bkd.eval.shown import NONE
+from bkd.eval.tables import half_width, interval
 from bkd.report.curves import MAX_DRAWN, Series, asked, chart, chart_svg
 from bkd.report.embedded import BUDGET, Embedded
 from bkd.report.gallery import sample_shots
 from bkd.report.page import write_report
 from bkd.report.scale import Scale
+from bkd.surgery.diagram import CLASSES
 from bkd.surgery.plan import PLAN_FILE
 from tests.report_runs import HOSTILE, PROMPTS, add_evaluation, add_picture, add_speed, make_run, pattern
 
@@ -62,7 +65,7 @@ def full(tmp_path):
         add_picture(run.samples / f"00-step-{step:08d}.png", seed=step)
     add_picture(run.eval / "shapes.png", models=("teacher", "full untrained", "full"), seed=7)
     add_evaluation(run, ("teacher", "full untrained", "full"))
-    add_speed(run, ("teacher", "full"))
+    add_speed(run, ("teacher", "full"), few="full")
     return run
 
 
@@ -137,6 +140,8 @@ def test_a_run_is_shown_with_all_its_parts(full):
         "b" * 64,
         "f" * 64,
         "torch 2.15.0",
+        "2 rounds in turns; pipeline: 20 steps, guidance 3; full: 4 steps, guidance 3; "
+        "peak memory: of the process, libraries included",
         *PROMPTS,
     ):
         assert said in seen, said
@@ -226,6 +231,48 @@ def test_figures_against_another_teacher_are_a_table_of_their_own(full, tmp_path
     assert page[: page.index('<details class="run">')].count("<article") == 2
 
 
+@pytest.mark.parametrize("other", [{"device": "NVIDIA H200"}, {"dtype": "float16"}])
+def test_figures_of_other_devices_or_dtypes_are_tables_of_their_own(full, tmp_path, other):
+    run = make_run(tmp_path / "other")
+    add_evaluation(run, ("teacher", "other"), **other)
+    page = page_of(full, run)
+    head = page[: page.index('<details class="run">')]
+    assert head.count("<article") == 2 and words(head).count(next(iter(other.values()))) == 1
+    assert "40 prompts, 20 steps, guidance 3, the same noise" in words(head)
+
+
+def test_every_teacher_has_its_costs_shown(full, tmp_path):
+    runs = [make_run(tmp_path / name, teacher_digest=digest) for name, digest in (("b", "c" * 64), ("c", "c" * 64))]
+    page = page_of(full, *runs)
+    rows = re.findall(r'<th scope="row">(.*?)</th>', page[: page.index('id="pictures"')])
+    assert rows == ["teacher of full", "teacher of b, c", "full", "b", "c"]
+
+
+def test_several_runs_need_a_page_of_their_own(bkd, full, tmp_path):
+    other = make_run(tmp_path / "other")
+    code, printed = bkd("report", full.path, other.path)
+    assert code == 1 and "-o comparison.html" in printed and "Traceback" not in printed
+    assert not list(tmp_path.glob("*/report.html"))
+    assert bkd("report", full.path, other.path, "-o", tmp_path / "both.html")[0] == 0
+    assert bkd("report", full.path)[0] == 0 and (full.path / "report.html").is_file()
+
+
+def test_the_page_gives_the_diagram_its_own_colours(full):
+    page = page_of(full)
+    (style,) = Parsed(page).block("style")
+    for name in ("paper", *CLASSES.values()):
+        assert f".diagram .{name} {{ fill: " in style and f'class="{name}"' in page
+    assert not [colour for colour in CLASSES if colour in style]
+
+
+def test_a_figure_is_written_with_its_interval():
+    found = {"value": 12.345, "low": 11.9, "high": 12.7}
+    assert (interval(found), half_width(found)) == ("12.35 (11.9 to 12.7)", "12.35 ± 0.4")
+    for write in (interval, half_width):
+        assert write({"value": 1.0, "low": None, "high": None}) == "1"
+        assert write({"skipped": "no images"}) == NONE
+
+
 def test_long_logs_are_drawn_in_moments(tmp_path):
     run = make_run(tmp_path / "run")
     line = {"stage": 0, **{f"feature_kd_loss/{site}": 0.5 for site in range(20)}, "total": 0.1, "lr": 1e-4}
@@ -279,6 +326,17 @@ def test_noise_stays_within_the_budget_too():
         embedded.add(noise)
         assert len(base64.b64decode(embedded.hidden().popitem()[1].split(",")[1])) <= BUDGET / count
         assert embedded.reduced == 1
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_drawings_are_kept_exactly_whatever_their_size(noise):
+    sheet = Image.new("RGB", (900, 600), "#eeeeee")
+    sheet.paste("#3b6ea5", (100, 100, 400, 300))
+    if noise:
+        sheet.paste(Image.fromarray(pattern(256, 0, 0).permute(1, 2, 0).numpy()), (500, 300))
+    embedded = Embedded(1)
+    embedded.add(sheet)
+    assert embedded.reduced == noise
 
 
 def test_small_pictures_are_kept_exactly(tmp_path):

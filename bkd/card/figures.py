@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bkd.card.tables import Markdown, table
-from bkd.eval.shown import NONE
+from bkd.eval.shown import NONE, device_and_versions, speed_conditions
 from bkd.report.architecture import Architecture
 from bkd.report.speed_view import SpeedReport
 
@@ -16,7 +16,7 @@ class SpeedTable:
     """A measurement of speed.
 
     Attributes:
-        conditions: Device and versions.
+        conditions: Device, versions, and what was timed.
         table: Median seconds, speed-up and peak memory of each kind of call.
     """
 
@@ -72,6 +72,5 @@ def speed_table(report: SpeedReport) -> SpeedTable:
         for name, case in model["cases"].items()
         if "median_s" in case
     ]
-    versions = report["versions"]
-    conditions = f"{report['device']}, torch {versions['torch']}, diffusers {versions['diffusers']}"
+    conditions = f"{device_and_versions(report['device'], report['versions'])}; {speed_conditions(report)}"
     return SpeedTable(conditions, table(("model: call", "seconds", "speed-up", "peak memory"), rows))

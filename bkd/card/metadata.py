@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from bkd.card.files import DIGEST_KEY
 from bkd.card.subject import Subject
+from bkd.eval.shown import METRIC_TITLES, SUITE_TITLES
 from bkd.guidance import StudentKind
 from bkd.measuring import draws
 from bkd.model_folder import is_inpainting, unet_config
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-METRICS = {"fid": "FID", "kid": "KID", "inception_score": "IS", "clip_score": "CLIP score"}
-DATASETS = {"shapes": "The embedded world of shapes", "coco30k": "COCO 2014 validation captions", "prompts": "Prompts"}
-"""What each suite draws the captions of."""
 
 
 def metadata(subject: Subject) -> str:
@@ -73,7 +70,7 @@ def _results(report: Mapping[str, Any]) -> Iterator[EvalResult]:
         yield EvalResult(
             task_type="text-to-image",
             dataset_type="custom",  # the Hub takes other words for the id of a data set
-            dataset_name=DATASETS[settings["suite"]],
+            dataset_name=SUITE_TITLES[settings["suite"]],
             dataset_split=split,
             dataset_args=conditions,
             metric_type=kind,
@@ -85,7 +82,7 @@ def _results(report: Mapping[str, Any]) -> Iterator[EvalResult]:
 def _figures(settings: Mapping[str, Any], student: Mapping[str, Any]) -> Iterator[tuple[str | None, str, str, float]]:
     """Split, identifier, title and value."""
     if settings["suite"] != "shapes":
-        for key, title in METRICS.items():
+        for key, title in METRIC_TITLES.items():
             if "value" in student[key]:
                 yield None, key, title, student[key]["value"]
         return

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     output: Annotated[
-        Optional[Path], typer.Option("-o", "--output", help="HTML file; default RUN/report.html.")
+        Optional[Path], typer.Option("-o", "--output", help="HTML file; default RUN/report.html of a single run.")
     ] = None,
 ) -> None:
     """Write one page that needs nothing else: pictures, curves, figures and commands of a run, or of several."""
+    from bkd.errors import OutputError
     from bkd.report.page import write_report
 
+    if output is None and len(runs) > 1:
+        raise OutputError(
+            "a page of several runs belongs to none of them", got="no -o", remedy="name it: -o comparison.html"
+        )
     written = write_report(runs, output or runs[0] / "report.html")
     console.print(f"report: {written}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bkd.cli.console import console, short, table
-from bkd.eval.drawing import Drawing
+from bkd.eval.shown import speed_conditions
 
 
 def show_speed(report: dict[str, Any]) -> None:
@@ -24,7 +24,6 @@ def show_speed(report: dict[str, Any]) -> None:
     ]
     header = ("model", "UNet parameters", "MACs", "without attention", "UNet MiB", "pipeline MiB")
     console.print(table("Size; MACs of one UNet pass, with attention's matmuls and without", header, sizes))
-    settings = report["settings"]
     rows = [
         (
             model["name"] if not place else "",
@@ -37,24 +36,12 @@ def show_speed(report: dict[str, Any]) -> None:
         for model in report["models"]
         for place, (name, case) in enumerate(model["cases"].items())
     ]
-    cases = [case for model in report["models"] for case in model["cases"].values()]
-    title = f"{settings['rounds']} rounds in turns"
-    if "pipeline" in settings["parts"]:
-        title += f"; pipeline: {_drawn(settings)}"
-        others = [model for model in report["models"] if _drawn(model) != _drawn(settings)]
-        title += "".join(f"; {model['name']}: {_drawn(model)}" for model in others)
-    if report["device"].startswith("cpu") and any("memory" in case for case in cases):
-        title += "; peak memory: of the process, libraries included"
     header = ("model", "call", "median s", "90 % s", "speed-up", "peak MiB")
-    console.print(table(title, header, rows, left=(0, 1)))
+    console.print(table(speed_conditions(report), header, rows, left=(0, 1)))
     for model in report["models"]:
         for name, case in model["cases"].items():
             if "skipped" in case.get("memory", {}):
                 console.print(f"peak memory of {model['name']}, {name}, skipped: {case['memory']['skipped']}")
-
-
-def _drawn(how: dict[str, Any]) -> str:
-    return str(Drawing(how["num_inference_steps"], how["guidance_scale"]))
 
 
 def _seconds(case: dict[str, Any], name: str) -> str:

@@ -9,12 +9,11 @@ from markupsafe import Markup
 
 from bkd.cost import unet_cost
 from bkd.errors import BkdError
-from bkd.eval.shown import NONE
+from bkd.eval.shown import NONE, TIMES
 from bkd.guidance import StudentKind, nearest_scale, passes_a_step
 from bkd.locate import locate
 from bkd.model_folder import prompt_length, unet_config
 from bkd.recipe.schema import Recipe
-from bkd.report.words import TIMES
 from bkd.run_folder import RunFolder
 from bkd.surgery.anatomy import read_anatomy
 from bkd.surgery.canvas import Canvas

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bkd.eval.shown import NONE
+from bkd.eval.shown import NONE, SUITE_TITLES, large
+from bkd.eval.tables import Table
 from bkd.report.architecture import Model
 from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import Gallery, Shot, strip
-from bkd.report.measurements import Measurement, Table, measurements
-from bkd.report.run_view import SUITE_TITLES, Files, RunView
+from bkd.report.measurements import Measurement, measurements
+from bkd.report.run_view import Files, RunView
 from bkd.report.speed_view import SpeedReport, SpeedView, view_speed
 from bkd.report.training import overlaid
-from bkd.report.words import large
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,26 @@ def compare(views: Sequence[RunView], embedded: Embedded) -> Comparison:
 
 def _costs(views: Sequence[RunView]) -> Table:
     columns = ("run", "UNet parameters", "MACs a pass", "UNet calls", "MACs an image", "training steps", "training")
-    teacher = next((view.architecture.teacher for view in views if view.architecture.teacher), None)
-    rows = [("teacher", *_cost(teacher), NONE, NONE)] if teacher else []
+    rows = [(label, *_cost(teacher), NONE, NONE) for label, teacher in _teachers(views)]
     for view in views:
         steps = sum(stage.steps for stage in view.files.stages)
         seconds = sum(stage.seconds for stage in view.files.stages)
         trained = f"{seconds:,.0f} s" if seconds else NONE
         rows.append((view.label, *_cost(view.architecture.student), f"{steps:,}", trained))
     return Table("Side by side", columns, tuple(rows))
+
+
+def _teachers(views: Sequence[RunView]) -> list[tuple[str, Model]]:
+    """Each that differs, by weights or by how it draws; named by its runs where there are several."""
+    runs: dict[tuple[str, Model], list[str]] = {}
+    for view in views:
+        digest, teacher = str(view.files.facts.get("teacher_digest")), view.architecture.teacher
+        if teacher is not None:
+            runs.setdefault((digest, teacher), []).append(view.label)
+    return [
+        (f"teacher of {', '.join(labels)}" if len(runs) > 1 else "teacher", teacher)
+        for (_, teacher), labels in runs.items()
+    ]
 
 
 def _cost(model: Model | None) -> tuple[str, str, str, str]:

@@ -10,8 +10,9 @@ from itertools import accumulate, groupby
 
 from markupsafe import Markup, escape
 
+from bkd.eval.shown import short
 from bkd.report.scale import Scale
-from bkd.report.words import color_class, every, short
+from bkd.report.words import color_class, every
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 210, 52, 18, 12, 26
 WINDOW = 0.05

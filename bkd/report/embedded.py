@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 
+import numpy as np
 from PIL import Image
 
 BUDGET = 10_000_000
@@ -14,6 +15,9 @@ LOSSLESS_SIDE = 128
 """Pictures up to this side are kept exactly, where there is room."""
 QUALITY, SIDES = 85, (1024, 768, 640, 512, 384, 256, 192, 128, 96)
 """Of WebP, and the longest sides to choose from."""
+FLAT, WORTH = 0.8, 1.5
+"""Drawings are kept exactly, too: the share of their pixels that are as the one to their left, and how many times as
+large as the lossy file the exact one may be."""
 USUAL_BYTES = 0.15
 """Of a pixel at that quality; the side of all pictures follows from it, so that none looks better for its encoding."""
 
@@ -66,8 +70,8 @@ class Embedded:
 
 def _encoded(picture: Image.Image, allowance: int) -> tuple[bytes, bool]:
     """A WebP file of at most so many bytes, if the last of `SIDES` allows; and whether it is exact."""
-    if max(picture.size) <= LOSSLESS_SIDE and len(found := _webp(picture, lossless=True)) <= allowance:
-        return found, True
+    if (exact := _exact(picture, allowance)) is not None:
+        return exact, True
     for side in SIDES:
         if side**2 * USUAL_BYTES > allowance and side != SIDES[-1]:
             continue
@@ -76,6 +80,22 @@ def _encoded(picture: Image.Image, allowance: int) -> tuple[bytes, bool]:
         if len(found := _webp(smaller, quality=QUALITY)) <= allowance:
             break
     return found, False
+
+
+def _exact(picture: Image.Image, allowance: int) -> bytes | None:
+    """The lossless file of a small picture or a drawing, where there is room."""
+    small = max(picture.size) <= LOSSLESS_SIDE
+    if not small and (max(picture.size) > SIDES[0] or _flatness(picture) < FLAT):
+        return None
+    found = _webp(picture, lossless=True)
+    most = allowance if small else min(allowance, WORTH * len(_webp(picture, quality=QUALITY)))
+    return found if len(found) <= most else None
+
+
+def _flatness(picture: Image.Image) -> float:
+    """The share of pixels that are as the one to their left, in every eighth line."""
+    lines = np.asarray(picture)[::8]
+    return float((lines[:, 1:] == lines[:, :-1]).all(-1).mean())
 
 
 def _webp(picture: Image.Image, **settings: object) -> bytes:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from bkd.eval.shown import short
 from bkd.report.scale import Scale
-from bkd.report.words import color_class, short
+from bkd.report.words import color_class
 
 WIDTH, HEIGHT, MARGIN = 400, 22, 6
 

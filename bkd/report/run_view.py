@@ -9,19 +9,17 @@ from typing import Any
 
 from bkd.errors import OutputError
 from bkd.eval.sheet import read_sheet
+from bkd.eval.shown import MINUS, SUITE_TITLES, calls_of, large
 from bkd.measuring import eval_command, speed_command
 from bkd.report.architecture import Architecture, architecture
 from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import Gallery, Shot, evaluation_gallery, sample_gallery, sample_shots
-from bkd.report.measurements import Measurement, Report, calls_of, headline, measurements, read_evaluation
+from bkd.report.measurements import Measurement, Report, headline, measurements, read_evaluation
 from bkd.report.speed_view import SpeedReport, SpeedView, read_speed, view_speed
 from bkd.report.training import Training, read_training, site_charts, term_charts
-from bkd.report.words import MINUS, large
 from bkd.run_folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE, load_plan
-
-SUITE_TITLES = {"shapes": "Captions of the embedded world", "prompts": "Your prompts", "coco30k": "Captions of COCO"}
 
 SMALL_CHANGE = 0.005
 """Below this a count is shown, not its change."""
@@ -47,7 +45,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Card:
+class KeyFigure:
     """A number to be seen first."""
 
     name: str
@@ -91,7 +89,7 @@ class RunView:
     """What the page shows of one run; beside each part that may be missing stands the command that makes it."""
 
     files: Files
-    cards: tuple[Card, ...]
+    key_figures: tuple[KeyFigure, ...]
     galleries: tuple[Gallery, ...]
     measurements: tuple[Measurement, ...]
     terms: tuple[Chart, ...]
@@ -170,7 +168,7 @@ def view_run(files: Files, embedded: Embedded) -> RunView:
     known, reports = architecture(run), list(files.evaluations.values())
     return RunView(
         files=files,
-        cards=tuple(_cards(known, reports)),
+        key_figures=tuple(_key_figures(known, reports)),
         galleries=tuple(gallery for gallery in (samples, *shown) if gallery),
         measurements=measurements(reports),
         terms=term_charts(files.training),
@@ -201,29 +199,29 @@ def _stages(run: RunFolder, facts: dict[str, Any]) -> tuple[Stage, ...]:
     )
 
 
-def _cards(known: Architecture, reports: Sequence[Report]) -> Iterator[Card]:
+def _key_figures(known: Architecture, reports: Sequence[Report]) -> Iterator[KeyFigure]:
     teacher, student = known.teacher, known.student
     if teacher and student:
         yield _change("UNet parameters", teacher.parameters, student.parameters)
         if teacher.image_macs and student.image_macs:
             yield _change("UNet MACs an image", teacher.image_macs, student.image_macs)
             beside = f"{student.calls_text}; teacher: {teacher.calls} ({teacher.calls_text})"
-            yield Card("UNet calls an image", str(student.calls), beside)
+            yield KeyFigure("UNet calls an image", str(student.calls), beside)
         else:
             yield _change("UNet MACs a pass", teacher.macs, student.macs)
     elif student:
-        yield Card("UNet parameters", large(student.parameters), "teacher unknown")
-        yield Card("UNet calls an image", student.calls_text, "teacher unknown")
+        yield KeyFigure("UNet parameters", large(student.parameters), "teacher unknown")
+        yield KeyFigure("UNet calls an image", student.calls_text, "teacher unknown")
     found = next((line for report in reports if (line := headline(report))), None)
     if found:
-        yield Card(found.name, found.student, f"teacher: {found.teacher}")
+        yield KeyFigure(found.name, found.student, f"teacher: {found.teacher}")
 
 
-def _change(name: str, before: int, after: int) -> Card:
+def _change(name: str, before: int, after: int) -> KeyFigure:
     if abs(after / before - 1) < SMALL_CHANGE:
-        return Card(name, large(after), f"teacher: {large(before)}")
+        return KeyFigure(name, large(after), f"teacher: {large(before)}")
     sign = MINUS if after < before else "+"
-    return Card(name, f"{sign}{abs(1 - after / before):.1%}", f"{large(before)} → {large(after)}")
+    return KeyFigure(name, f"{sign}{abs(1 - after / before):.1%}", f"{large(before)} → {large(after)}")
 
 
 def _origins(facts: dict[str, Any]) -> list[tuple[str, str]]:

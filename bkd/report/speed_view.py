@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bkd.errors import OutputError
+from bkd.eval.shown import TIMES, device_and_versions, short, speed_conditions
 from bkd.model_folder import read_json
 from bkd.report.rows import Row, RowChart, row_chart
-from bkd.report.words import TIMES, short
 from bkd.run_folder import RunFolder
 
 SpeedReport = Mapping[str, Any]
@@ -21,7 +21,7 @@ class SpeedView:
     """What the page shows of it.
 
     Attributes:
-        conditions: Device and versions.
+        conditions: Device, versions, and what was timed.
         charts: Seconds and peak memory of each kind of call.
     """
 
@@ -41,7 +41,6 @@ def read_speed(run: RunFolder) -> SpeedReport | None:
     found = read_json(path)
     try:
         view_speed(found)
-        _ = found["settings"]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise OutputError(
             "this is no measurement of speed",
@@ -54,10 +53,10 @@ def read_speed(run: RunFolder) -> SpeedReport | None:
 
 def view_speed(report: SpeedReport) -> SpeedView:
     """Charts of a report of `bench_speed`."""
-    versions, models = report["versions"], report["models"]
+    models = report["models"]
     cases = list(models[0]["cases"])
     charts = [*(_seconds(models, case) for case in cases), *(_memory(models, case) for case in cases)]
-    conditions = f"{report['device']} · torch {versions['torch']} · diffusers {versions['diffusers']}"
+    conditions = f"{device_and_versions(report['device'], report['versions'])} · {speed_conditions(report)}"
     return SpeedView(conditions, tuple(chart for chart in charts if chart))
 
 
@@ -81,7 +80,7 @@ def _memory(models: list[Mapping[str, Any]], name: str) -> RowChart | None:
         if "peak_bytes" in memory:
             gib = memory["peak_bytes"] / 2**30
             rows.append(Row(model["name"], place, gib, gib, gib, f"{gib:.2f} GiB"))
-    return row_chart(f"Peak memory: {name}", "of the device, or on a CPU of the whole process", rows, bars=True)
+    return row_chart(f"Peak memory: {name}", "less is better", rows, bars=True)
 
 
 def _cases(models: list[Mapping[str, Any]], name: str) -> Iterator[tuple[int, Mapping[str, Any], Mapping[str, Any]]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Literal
 
@@ -64,12 +64,14 @@ class Canvas:
         height: Likewise.
         title: For those who cannot see it.
         shapes: What is drawn, on white.
+        classes: Of the SVG's shapes, by their colour: what a page may give colours of its own.
     """
 
     width: int
     height: int
     title: str
     shapes: Sequence[Shape]
+    classes: Mapping[str, str] = field(default_factory=dict)
 
     def svg(self) -> str:
         """The document."""
@@ -77,8 +79,10 @@ class Canvas:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}" '
             f'height="{self.height}" role="img" font-family="system-ui, sans-serif" font-size="10">'
         )
-        background = f'<title>{escape(self.title)}</title><rect width="100%" height="100%" fill="#ffffff"/>'
-        return "\n".join([head, background, *map(_svg, self.shapes), "</svg>\n"])
+        background = (
+            f'<title>{escape(self.title)}</title><rect class="paper" width="100%" height="100%" fill="#ffffff"/>'
+        )
+        return "\n".join([head, background, *(_svg(shape, self.classes) for shape in self.shapes), "</svg>\n"])
 
     def png(self) -> bytes:
         """The file, `SCALE` pixels for each unit."""
@@ -93,17 +97,21 @@ class Canvas:
         return stream.getvalue()
 
 
-def _svg(shape: Shape) -> str:
+def _svg(shape: Shape, classes: Mapping[str, str]) -> str:
     if isinstance(shape, Dots):
         return f'<path d="M{shape.x},{shape.y}H{shape.right}" stroke="{shape.stroke}" stroke-dasharray="2 4"/>'
     if isinstance(shape, Box):
         stroke = f' stroke="{shape.stroke}"' if shape.stroke else ""
         dashes = f' stroke-dasharray="{DASH} {DASH}"' if shape.dashed else ""
         size = f'width="{shape.width:g}" height="{shape.height:g}"'
-        return f'<rect x="{shape.x}" y="{shape.y}" {size} fill="{shape.fill}"{stroke}{dashes}/>'
+        return f'<rect x="{shape.x}" y="{shape.y}" {size} {_fill(shape.fill, classes)}{stroke}{dashes}/>'
     weight = ' font-weight="600"' if shape.bold else ""
-    look = f'font-size="{shape.size}" text-anchor="{shape.anchor}" fill="{shape.colour}"{weight}'
+    look = f'font-size="{shape.size}" text-anchor="{shape.anchor}" {_fill(shape.colour, classes)}{weight}'
     return f'<text x="{shape.x}" y="{shape.y}" {look}>{escape(shape.text)}</text>'
+
+
+def _fill(colour: str, classes: Mapping[str, str]) -> str:
+    return f'fill="{colour}"' + (f' class="{classes[colour]}"' if colour in classes else "")
 
 
 def _paint(draw: ImageDraw, shape: Shape) -> None:

@@ -13,7 +13,9 @@ WIDTH, TOP, ROW = 800, 64, 76
 RESNET, ATTENTION, HEIGHT, GAP, INDENT, MARGIN = 26, 44, 34, 12, 26, 24
 LAYER = RESNET + ATTENTION + GAP
 KEPT = {"resnet": "#3b6ea5", "attention": "#e08a1e"}
-GONE, LINE, TEXT = "#f3f3f1", "#b9b9b4", "#33332f"
+GONE, LINE, TEXT, SOFT, FAINT = "#f3f3f1", "#b9b9b4", "#33332f", "#77776f", "#9a9a92"
+CLASSES = {TEXT: "ink", SOFT: "muted", FAINT: "muted", GONE: "empty"}
+"""Names of those that a dark page must replace."""
 
 
 def diagram(
@@ -36,7 +38,7 @@ def diagram(
         *_mid(anatomy, kept, scores or {}),
         *_legend(TOP + ROW * (anatomy.num_levels + 1) + 14, bool(scores)),
     )
-    return Canvas(WIDTH, TOP + ROW * (anatomy.num_levels + 1) + (42 if scores else 28), title, shapes)
+    return Canvas(WIDTH, TOP + ROW * (anatomy.num_levels + 1) + (42 if scores else 28), title, shapes, CLASSES)
 
 
 def _levels(anatomy: Anatomy, kept: Layout, scores: Mapping[Unit, float]) -> Iterator[Shape]:
@@ -52,7 +54,7 @@ def _levels(anatomy: Anatomy, kept: Layout, scores: Mapping[Unit, float]) -> Ite
         yield from _block(inset, y, f"down.{level}", down, ours[0], scores)
         yield from _block(right, y, f"up.{anatomy.up_index(level)}", up, ours[1], scores)
         label = f"level {level} · {anatomy.channels[level]} channels" + (" · removed" if gone else "")
-        yield _text((left_end + right) / 2, middle - 5, label, anchor="middle", colour="#77776f")
+        yield _text((left_end + right) / 2, middle - 5, label, anchor="middle", colour=SOFT)
         yield from _score((left_end + right) / 2, middle + 13, f"level.{level}", scores, anchor="middle")
 
 
@@ -64,7 +66,7 @@ def _block(x: float, y: float, name: str, whole: Block, kept: Block, scores: Map
             stack = whole.stack_of(layer)
             ours = kept.stack_of(layer) if stays and kept.stacks is not None else None
             yield from _attention(x + RESNET, y, stack, ours)
-        yield _text(x, y + HEIGHT + 11, unit, colour=TEXT if stays else "#9a9a92")
+        yield _text(x, y + HEIGHT + 11, unit, colour=TEXT if stays else FAINT)
         yield from _score(x, y + HEIGHT + 22, unit, scores)
         if whole.stacks is not None:
             yield from _least_score(x, y + HEIGHT + 33, f"{unit}.t", scores)
@@ -81,7 +83,7 @@ def _mid(anatomy: Anatomy, kept: Layout, scores: Mapping[Unit, float]) -> Iterat
         yield from _attention(x + RESNET, y, whole.stack, ours.stack if ours is not None else None)
         stays = ours is not None and ours.stack is not None
         yield from _box(x + RESNET + ATTENTION, y, RESNET, "R", "resnet", float(stays))
-    yield _text(x, y + HEIGHT + 11, "mid", colour=TEXT if ours is not None else "#9a9a92")
+    yield _text(x, y + HEIGHT + 11, "mid", colour=TEXT if ours is not None else FAINT)
     yield from _score(x, y + HEIGHT + 22, "mid", scores)
     yield from _least_score(x, y + HEIGHT + 33, "mid.t", scores)
 
@@ -112,16 +114,16 @@ def _box(x: float, y: float, width: int, label: str, kind: str, share: float) ->
     yield Box(x, y, width, HEIGHT, GONE, KEPT[kind] if share else LINE, dashed=not share)
     if share:
         yield Box(x, y, round(width * share, 1), HEIGHT, KEPT[kind])
-    colour = {0.0: "#9a9a92", 1.0: "#ffffff"}.get(share, TEXT)
+    colour = {0.0: FAINT, 1.0: "#ffffff"}.get(share, TEXT)
     yield _text(x + width / 2, y + 21, label, anchor="middle", colour=colour)
 
 
 def _legend(y: float, scored: bool) -> Iterator[Shape]:
     words = "R resnet · A n attention with n transformer layers · filled: kept · dashed: removed · dotted: skips"
-    yield _text(MARGIN, y, words, colour="#77776f")
+    yield _text(MARGIN, y, words, colour=SOFT)
     if scored:
         more = "red: output change without the unit and its partner · orange: without one transformer layer"
-        yield _text(MARGIN, y + 13, more, colour="#77776f")
+        yield _text(MARGIN, y + 13, more, colour=SOFT)
 
 
 def _text(x: float, y: float, text: str, *, anchor: Literal["start", "middle"] = "start", colour: str = TEXT) -> Words:
