@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from bkd.cli.app import main
 from bkd.errors import ModelError
 from bkd.eval.candidates import Named
 from bkd.eval.generate import generate
@@ -22,6 +20,7 @@ from bkd.models import load_pipeline
 from bkd.run_folder import RunFolder
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
+from tests.training import train_here
 
 SHORT = ["train.batch=8", "train.max_steps=4", "train.checkpoint_every=2", "train.log_every=1", "train.warmup_steps=0"]
 PROMPT = "a small blue circle at the bottom right on a gray background"
@@ -34,13 +33,7 @@ def train(shards, cache, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
 
     def run(name, recipe, *overrides):
-        arguments = ["train", recipe, f"data.shards={shards[0].parent}", *SHORT, *overrides, "-o", root / name]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
-            patch.setattr(sys, "argv", ["bkd", *map(str, arguments)])
-            with pytest.raises(SystemExit) as ended:
-                main()
-            assert ended.value.code == 0
+        train_here(recipe, f"data.shards={shards[0].parent}", *SHORT, *overrides, "-o", root / name)
         return root / name
 
     return run

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import weakref
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from bkd.cli.app import main
 from bkd.eval.generate import generate
 from bkd.few_steps import FewSteps, few_steps
 from bkd.guidance import one_pass_guidance
@@ -23,6 +21,7 @@ from bkd.surgery.plan import load_plans
 from bkd.terms import SCHEDULERS
 from bkd.training.fit import Fit
 from bkd.training.stop import Interrupted
+from tests.training import train_here
 
 PROMPT = "a small blue circle at the bottom right on a gray background"
 CHAIN = """
@@ -48,13 +47,7 @@ def train(shards, cache, tmp_path_factory):
     def run(name, text, *overrides, code=0):
         recipe = root / f"{name}.yaml"
         recipe.write_text(text)
-        arguments = ["train", recipe, f"data.shards={shards[0].parent}", *overrides, "-o", root / name]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
-            patch.setattr(sys, "argv", ["bkd", *map(str, arguments)])
-            with pytest.raises(SystemExit) as ended:
-                main()
-            assert ended.value.code == code
+        train_here(recipe, f"data.shards={shards[0].parent}", *overrides, "-o", root / name, code=code)
         return root / name
 
     return run

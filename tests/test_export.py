@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from bkd.cli.app import main
 from bkd.errors import ModelError
 from bkd.export import export_lora, export_pipeline, export_single_file
 from bkd.handed_on import HandedOn
@@ -26,6 +24,7 @@ from bkd.student_folder import plan_facts
 from bkd.surgery.build import build_empty
 from bkd.surgery.unet import plan_removal
 from tests.conftest import SD2, SMALL_SD1, SMALL_SD2, SMALL_SDXL
+from tests.training import train_here
 from tools.architectures import SD1, SD1_TEXT, SD1_VAE, SDXL
 
 DEEP_SDXL = {**SMALL_SDXL, "transformer_layers_per_block": [1, 2, 7]}
@@ -243,21 +242,7 @@ def train(shards, cache, tmp_path_factory):
             "samples.prompts=[]",
             "train.lr=1e-2",
         ]
-        arguments = [
-            "train",
-            f"shapes/{name}",
-            f"data.shards={shards[0].parent}",
-            *short,
-            *overrides,
-            "-o",
-            root / name,
-        ]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
-            patch.setattr(sys, "argv", ["bkd", *map(str, arguments)])
-            with pytest.raises(SystemExit) as ended:
-                main()
-            assert ended.value.code == 0
+        train_here(f"shapes/{name}", f"data.shards={shards[0].parent}", *short, *overrides, "-o", root / name)
         return root / name
 
     return run

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
+from bkd.cli.app import main
 from bkd.environment import process_place
 from bkd.methods.base import Diffusion
 from bkd.methods.captions import caption_encoder
@@ -79,3 +82,13 @@ def loss_of(method, data):
     """The loss of one batch."""
     with method.watching():
         return method.loss(one_batch(method, data))
+
+
+def train_here(*arguments, code=0):
+    """`bkd train` in this process, without the reload in another; it must end with that exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
+        patch.setattr(sys, "argv", ["bkd", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == code
