@@ -370,7 +370,7 @@ def test_prompts_come_from_lines_or_a_column(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "text"), [(None, shown.NONE), (0.976, "97.6%"), (1.001, "100.1%"), (228.5, "228 x")]
+    ("accuracy", "text"), [(None, shown.NONE), (0.976, "97.6%"), (1.001, "100.1%"), (228.5, f"228 {shown.TIMES}")]
 )
 def test_a_share_of_next_to_nothing_is_shown_as_a_factor(accuracy, text):
     assert shown.relative(accuracy) == text

@@ -28,7 +28,7 @@ def card(
     data: Annotated[Optional[str], typer.Option(help="What the training data is: a sentence, or a Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier card.")] = False,
 ) -> None:
-    """Write the model card of a run's student: what it is, what it can, how it was made, and its licence."""
+    """Write a run's model card: what its student is, can, and came from."""
     from bkd.card.license import NAMED_ELSEWHERE, License
     from bkd.card.subject import AuthorSays, subject_of
     from bkd.card.write import write_card
@@ -55,7 +55,9 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up, and ask the Hub nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Upload without card, licence or figures.")] = False,
 ) -> None:
-    """Upload a student with its card, as one commit; a second time only what changed.
+    """Upload a student with its card, as one commit.
+
+    A second time only what changed goes up.
 
     The token is the Hub's own: `hf auth login`, or HF_TOKEN.
     """

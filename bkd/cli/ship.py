@@ -51,7 +51,7 @@ def export(
     ] = "ema",
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output.")] = False,
 ) -> None:
-    """Hand on what a run made: a pipeline folder, a single file, or a LoRA file."""
+    """Hand on what a run made: a folder, a single file, or a LoRA file."""
     from bkd.run_folder import finished_or_student
 
     _check_wish(output, kind, dtype, weights)
