@@ -28,7 +28,7 @@ def card(
     data: Annotated[Optional[str], typer.Option(help="What the training data is: a sentence, or a Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier card.")] = False,
 ) -> None:
-    """Write a run's model card: what its student is, can, and came from."""
+    """Write a run's model card: what its student is and can."""
     from bkd.card.license import NAMED_ELSEWHERE, License
     from bkd.card.subject import AuthorSays, subject_of
     from bkd.card.write import write_card

@@ -19,7 +19,7 @@ def report(
         Optional[Path], typer.Option("-o", "--output", help="HTML file; default RUN/report.html of a single run.")
     ] = None,
 ) -> None:
-    """Write one page that needs nothing else: pictures, curves, figures and commands of a run, or of several."""
+    """Write one page that needs nothing else: pictures, curves, tables."""
     from bkd.errors import OutputError
     from bkd.report.page import write_report
 
