@@ -161,6 +161,11 @@ class RunFolder:
         self.record(**{name: value})
 
 
+def seconds_key(stage: int) -> str:
+    """The fact that holds how long a stage has trained, over all the calls it took."""
+    return f"stage_{stage:02d}_seconds"
+
+
 def open_run(path: Path, recipe: Recipe, *, overwrite: bool = False, force: bool = False) -> tuple[RunFolder, State]:
     """Decide what a `train` command means for this folder; makes it when it is new.
 

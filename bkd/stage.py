@@ -25,7 +25,7 @@ from bkd.progress import Progress, silent
 from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
 from bkd.recipe.stages import Stage
-from bkd.run_folder import RunFolder
+from bkd.run_folder import RunFolder, seconds_key
 from bkd.stage_plan import PlannedStage
 from bkd.stage_setup import build_method, start_student
 from bkd.student_folder import plan_facts, write_student
@@ -248,7 +248,7 @@ class StageRun:
     def _add_seconds(self, seconds: float) -> None:
         """Training time of the stage, over all the calls it took."""
         if self._job.parallel.is_main:
-            name = f"stage_{self._number:02d}_seconds"
+            name = seconds_key(self._number)
             self._job.run.record(**{name: round(self._job.run.facts().get(name, 0.0) + seconds, 1)})
 
 

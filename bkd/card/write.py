@@ -26,6 +26,7 @@ from bkd.original_layout import unexpressible
 from bkd.other_tools import verdicts
 from bkd.recipe.load import dump_recipe
 from bkd.report.measurements import measurements
+from bkd.run_folder import seconds_key
 from bkd.student_folder import unfinished_folder
 
 
@@ -86,7 +87,7 @@ def render_card(subject: Subject) -> str:
         speed=speed_table(subject.speed) if subject.speed else None,
         measurements=measurements(subject.evaluations),
         data=data_sentence(recipe, facts.get("num_samples"), subject.said.data),
-        seconds=sum(value for key, value in facts.items() if key.startswith("stage_") and key.endswith("_seconds")),
+        seconds=sum(facts.get(seconds_key(number), 0.0) for number in range(len(recipe.stages))),
         settings=settings_table(public_recipe(recipe, from_hub=subject.from_hub)),
         tools=_other_tools(subject),
         restrictions=RESTRICTIONS.get(subject.license.id, ()),

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER, SHOWN
@@ -49,12 +50,14 @@ class RepoFile:
         """Bytes."""
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
+    @cached_property
     def sha256(self) -> str:
-        """How the Hub knows a large file."""
+        """How the Hub knows a large file; read once, however often a commit is repeated."""
         return (
             hashlib.sha256(self.content).hexdigest() if isinstance(self.content, bytes) else file_digest(self.content)
         )
 
+    @cached_property
     def blob_id(self) -> str:
         """How git knows a small one."""
         content = self.content if isinstance(self.content, bytes) else self.content.read_bytes()

@@ -288,4 +288,4 @@ def differences(files: Sequence[RepoFile], there: Mapping[str, str]) -> _Differe
 def _is_there(file: RepoFile, there: Mapping[str, str]) -> bool:
     """Whether the repository has the same bytes under the same name; nothing is read of a file that it lacks."""
     known = there.get(file.name)
-    return known is not None and known == (file.sha256() if len(known) == SHA256_DIGITS else file.blob_id())
+    return known is not None and known == (file.sha256 if len(known) == SHA256_DIGITS else file.blob_id)

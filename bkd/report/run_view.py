@@ -18,7 +18,7 @@ from bkd.report.gallery import Gallery, Shot, evaluation_gallery, sample_gallery
 from bkd.report.measurements import Measurement, Report, headline, measurements, read_evaluation
 from bkd.report.speed_view import SpeedReport, SpeedView, read_speed, view_speed
 from bkd.report.training import Training, read_training, site_charts, term_charts
-from bkd.run_folder import RunFolder
+from bkd.run_folder import RunFolder, seconds_key
 from bkd.surgery.plan import PLAN_FILE, load_plan
 
 SMALL_CHANGE = 0.005
@@ -193,7 +193,7 @@ def _stages(run: RunFolder, facts: dict[str, Any]) -> tuple[Stage, ...]:
             student=str(folder.relative_to(run.path)) if (folder / PLAN_FILE).is_file() else None,
             removed=load_plan(folder).removed if (folder / PLAN_FILE).is_file() else (),
             steps=recipe.train_of(number).max_steps,
-            seconds=float(facts.get(f"stage_{number:02d}_seconds", 0.0)),
+            seconds=float(facts.get(seconds_key(number), 0.0)),
         )
         for number, (stage, folder) in enumerate(zip(recipe.stages, run.students(recipe), strict=True))
     )

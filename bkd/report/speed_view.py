@@ -8,6 +8,7 @@ from typing import Any
 
 from bkd.errors import OutputError
 from bkd.eval.shown import TIMES, device_and_versions, short, speed_conditions
+from bkd.measuring import speed_command
 from bkd.model_folder import read_json
 from bkd.report.rows import Row, RowChart, row_chart
 from bkd.run_folder import RunFolder
@@ -46,7 +47,7 @@ def read_speed(run: RunFolder) -> SpeedReport | None:
             "this is no measurement of speed",
             where=path,
             got=f"{type(error).__name__}: {error}",
-            remedy=f"bkd bench speed {run.path} -o {path.parent} --overwrite",
+            remedy=f"{speed_command(run)} --overwrite",
         ) from None
     return found
 
