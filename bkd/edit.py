@@ -17,18 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from bkd.data.images import images_at_once, open_image, to_model_range, to_pixels
+from bkd.diffusion.grid import require_grid
+from bkd.diffusion.sampling import InversionScheduler
+from bkd.diffusion.schedulers import stock_scheduler
 from bkd.edit_plan import Edit, Half
 from bkd.errors import DataError, ModelError
 from bkd.eval.generate import image_generator
 from bkd.eval.pictures import with_unet
 from bkd.files import replace_file
-from bkd.grid import require_grid
-from bkd.locate import locate
-from bkd.model_folder import native_resolution
-from bkd.models import best_device, load_noise_schedule, load_pipeline
+from bkd.models.folder import native_resolution
+from bkd.models.load import best_device, load_noise_schedule, load_pipeline
+from bkd.models.locate import locate
 from bkd.progress import Phase
-from bkd.sampling import InversionScheduler
-from bkd.schedulers import stock_scheduler
 
 MAX_BATCH = 50
 SAME_LATENTS = 0.02

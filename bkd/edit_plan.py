@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from bkd.diffusion.few_steps import FewSteps, few_steps
+from bkd.diffusion.guidance import nearest_scale, pipeline_scale
+from bkd.diffusion.scheduler_kinds import require_ode
 from bkd.errors import DataError, ModelError
 from bkd.eval.drawing import drawing_settings
-from bkd.few_steps import FewSteps, few_steps
-from bkd.guidance import nearest_scale, pipeline_scale
-from bkd.locate import locate
-from bkd.model_folder import native_resolution, scheduler_config
+from bkd.models.folder import native_resolution, scheduler_config
+from bkd.models.locate import locate
 from bkd.output_folder import require_new_file
-from bkd.scheduler_kinds import require_ode
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from bkd.card.files import CARD_FILE, CARD_FOLDER, is_written_card
 from bkd.errors import OutputError
 from bkd.files import require_writable
-from bkd.model_folder import parts_of
-from bkd.run_folder import RunFolder
+from bkd.models.folder import parts_of
+from bkd.runs.folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
 
 

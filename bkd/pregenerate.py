@@ -16,14 +16,14 @@ from bkd.data.images import images_at_once
 from bkd.data.indexing import index_shard
 from bkd.data.output_set import ALONE, OutputSet, open_output_set
 from bkd.data.shards import NewSample, Record, to_record
+from bkd.diffusion.few_steps import require_steps
+from bkd.diffusion.guidance import pipeline_scale
 from bkd.environment import Place
 from bkd.eval.generate import MAX_BATCH, generate
-from bkd.few_steps import require_steps
 from bkd.files import cache_folder
-from bkd.guidance import pipeline_scale
-from bkd.locate import locate
-from bkd.model_folder import model_digest, native_resolution
-from bkd.models import best_device, load_pipeline
+from bkd.models.folder import model_digest, native_resolution
+from bkd.models.load import best_device, load_pipeline
+from bkd.models.locate import locate
 from bkd.progress import Progress, part_of, silent
 
 SAMPLES_PER_SHARD = 1000

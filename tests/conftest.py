@@ -15,8 +15,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bkd.cli.app import main
-from bkd.locate import locate
-from bkd.models import load_pipeline
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
 from tests.remote_server import server  # noqa: F401 - a fixture
 from tests.report_runs import many_page  # noqa: F401 - a fixture
 from tools.architectures import SD1, SDXL
@@ -92,7 +92,7 @@ def bkd_refuses(bkd, tmp_path, monkeypatch):
 @pytest.fixture
 def without_reload(monkeypatch):
     """For tests of other things: pruning without the second process, which takes ten seconds to start."""
-    monkeypatch.setattr("bkd.prune.check_reload", lambda folder, expected: None)
+    monkeypatch.setattr("bkd.pruning.prune.check_reload", lambda folder, expected: None)
 
 
 @pytest.fixture(scope="session")

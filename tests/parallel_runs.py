@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 from bkd.data.latent_folder import open_latents
 from bkd.data.latent_set import LatentSet
-from bkd.locate import locate
 from bkd.lora.adapters import add_adapters
-from bkd.models import load_pipeline
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
 from bkd.recipe.lora import Lora
 from bkd.recipe.stages import Loss
 from bkd.surgery.build import build_student

@@ -12,10 +12,10 @@ import torch
 
 from bkd.eval.pictures import save_side_by_side
 from bkd.files import write_atomically
-from bkd.locate import locate
+from bkd.models.locate import locate
 from bkd.recipe.load import dump_recipe, load_recipe
 from bkd.report.page import write_report
-from bkd.run_folder import RunFolder
+from bkd.runs.folder import RunFolder
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.unet import plan_removal
 

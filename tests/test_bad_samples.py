@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bkd.caching import ensure_latents, plan_caching, read_latents
+from bkd.data.caching import ensure_latents, plan_caching, read_latents
 from bkd.data.captions import CaptionSource
 from bkd.data.filters import parse_where
 from bkd.data.images import decode_image

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bkd.caching import ensure_latents, plan_caching, read_latents
+from bkd.data.caching import ensure_latents, plan_caching, read_latents
 from bkd.data.captions import CaptionSource
 from bkd.data.indexing import INDEX_SUFFIX
 from bkd.data.latent_folder import find_latents

@@ -19,7 +19,7 @@ from bkd.card.tables import table, words
 from bkd.card.usage import usage
 from bkd.cli.app import app
 from bkd.errors import HubError
-from bkd.model_folder import model_digest
+from bkd.models.folder import model_digest
 from bkd.recipe.load import load_recipe
 from bkd.recipe.schema import Samples
 from tests.hub_server import hub  # noqa: F401 - a fixture

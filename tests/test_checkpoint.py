@@ -91,7 +91,7 @@ def test_a_checkpoint_of_something_else_is_refused_unless_forced(tmp_path, name)
 def lives():
     """Starts processes that need not import anything, since their parent has."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bkd.models", "bkd.training.fit", "tests.training", "tests.test_checkpoint"])
+    context.set_forkserver_preload(["bkd.models.load", "bkd.training.fit", "tests.training", "tests.test_checkpoint"])
     return context
 
 
@@ -124,8 +124,8 @@ def train(latents, folder, connection: Connection):
     """One life of a run."""
     from bkd.data.latent_folder import open_latents
     from bkd.data.latent_set import LatentSet
-    from bkd.locate import locate
-    from bkd.models import load_pipeline
+    from bkd.models.load import load_pipeline
+    from bkd.models.locate import locate
 
     torch.set_num_threads(1)
     pipe = load_pipeline(locate("shapes"))

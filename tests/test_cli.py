@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from bkd import __version__
-from bkd.run_folder import RunFolder
+from bkd.runs.folder import RunFolder
 
 SETTINGS = ["train.batch=8", "train.max_steps=6", "train.checkpoint_every=2", "train.log_every=2"]
 
@@ -53,7 +53,7 @@ def test_a_run_folder_holds_everything(finished):
 
 def test_the_student_draws_the_same_image_where_bkd_cannot_be_imported(finished, tmp_path):
     from bkd.eval.generate import generate
-    from bkd.models import load_pipeline
+    from bkd.models.load import load_pipeline
 
     prompt = "a large red square at the top left on a white background"
     script = f"""
@@ -270,7 +270,7 @@ def test_a_run_folder_with_something_else_is_left_alone(bkd, tmp_path, shards):
 
 def test_overwrite_starts_a_run_again_and_spares_everything_else(bkd, tmp_path, shards):
     from bkd.recipe.load import load_recipe
-    from bkd.run_folder import open_run
+    from bkd.runs.folder import open_run
 
     run, state = open_run(tmp_path / "run", load_recipe("shapes/sd-small"))
     (run.path / "metrics.jsonl").write_text("{}")
@@ -284,7 +284,7 @@ def test_overwrite_starts_a_run_again_and_spares_everything_else(bkd, tmp_path, 
 def test_overwrite_spares_a_teacher_inside_the_run(tmp_path):
     from bkd.errors import OutputError
     from bkd.recipe.load import load_recipe
-    from bkd.run_folder import open_run
+    from bkd.runs.folder import open_run
 
     run, _ = open_run(tmp_path, load_recipe("shapes/sd-small"))
     again = load_recipe("shapes/sd-small", [f"teacher.id={run.student}"])
@@ -295,7 +295,7 @@ def test_overwrite_spares_a_teacher_inside_the_run(tmp_path):
 
 def test_a_run_that_never_got_going_does_not_block_its_folder(tmp_path):
     from bkd.recipe.load import load_recipe
-    from bkd.run_folder import open_run
+    from bkd.runs.folder import open_run
 
     run, _ = open_run(tmp_path, load_recipe("shapes/sd-small"))
     run.record(teacher_digest="of a teacher that was the wrong one")
@@ -306,7 +306,7 @@ def test_a_run_that_never_got_going_does_not_block_its_folder(tmp_path):
 def test_a_student_that_lost_its_weights_is_not_done(finished, tmp_path):
     import shutil
 
-    from bkd.run_folder import RunFolder, open_run
+    from bkd.runs.folder import RunFolder, open_run
 
     copy = RunFolder(shutil.copytree(finished, tmp_path / "copy"))
     assert open_run(copy.path, copy.recipe())[1] == "done"
@@ -316,7 +316,7 @@ def test_a_student_that_lost_its_weights_is_not_done(finished, tmp_path):
 
 def test_a_crash_at_the_very_start_does_not_block_the_folder(tmp_path):
     from bkd.recipe.load import dump_recipe, load_recipe
-    from bkd.run_folder import open_run
+    from bkd.runs.folder import open_run
 
     recipe = load_recipe("shapes/sd-small")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bkd.caching import ensure_latents, plan_caching, read_latents
 from bkd.data import latent_set
+from bkd.data.caching import ensure_latents, plan_caching, read_latents
 from bkd.data.captions import CaptionSource
 from bkd.data.images import decode_image, to_model_range
 from bkd.data.index import IMAGE_EXTENSIONS

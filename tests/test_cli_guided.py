@@ -9,15 +9,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from bkd.diffusion.guidance import one_pass_guidance
 from bkd.errors import ModelError
 from bkd.eval.candidates import Named
 from bkd.eval.generate import generate
 from bkd.eval.speed import SpeedWish, wish_for
-from bkd.guidance import one_pass_guidance
-from bkd.locate import locate
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
-from bkd.models import load_pipeline
-from bkd.run_folder import RunFolder
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
+from bkd.runs.folder import RunFolder
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
 from tests.training import train_here

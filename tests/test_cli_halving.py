@@ -9,17 +9,17 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from bkd.diffusion.few_steps import FewSteps, few_steps
+from bkd.diffusion.guidance import one_pass_guidance
+from bkd.diffusion.sampling import StochasticScheduler
+from bkd.diffusion.schedulers import CHOICES
+from bkd.diffusion.terms import SCHEDULERS
 from bkd.eval.generate import generate
 from bkd.eval.shown import TIMES
-from bkd.few_steps import FewSteps, few_steps
-from bkd.guidance import one_pass_guidance
-from bkd.locate import locate
-from bkd.models import load_pipeline
-from bkd.run_folder import RunFolder
-from bkd.sampling import StochasticScheduler
-from bkd.schedulers import CHOICES
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
+from bkd.runs.folder import RunFolder
 from bkd.surgery.plan import load_plans
-from bkd.terms import SCHEDULERS
 from bkd.training.fit import Fit
 from bkd.training.stop import Interrupted
 from tests.training import train_here
@@ -182,7 +182,7 @@ def test_only_the_last_stage_may_grow(bkd, train, chain, monkeypatch):
     assert asked()[1].startswith("already done")
     code, printed = asked("stages.0.train.max_steps=4")
     assert code == 1 and "stage 1: train.max_steps is None there and 4 here" in printed
-    monkeypatch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
+    monkeypatch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
     grown = train("grown", halving_recipe(num_inference_steps="[4, 1]"))
     bkd("train", "--help")  # what it printed before is out of the way
     code, printed = asked("stages.1.train.max_steps=3", run=grown)
@@ -364,7 +364,7 @@ def test_what_a_halved_student_does_not_do(bkd_refuses, chain):
 
 def test_what_is_handed_on_says_how_many_steps_it_takes(bkd, train, chain, monkeypatch, tmp_path):
     for name in ("check_reload", "check_lora"):
-        monkeypatch.setattr(f"bkd.export.{name}", lambda *args: None)
+        monkeypatch.setattr(f"bkd.export.forms.{name}", lambda *args: None)
     code, printed = bkd("export", chain, "-o", tmp_path / "folder")
     assert code == 0 and "it was halved to 4 steps: call the pipeline with num_inference_steps=4" in printed
     assert "it is told the guidance scale: call the pipeline with guidance_scale=1 to 8" in printed
@@ -377,7 +377,7 @@ def test_what_is_handed_on_says_how_many_steps_it_takes(bkd, train, chain, monke
     assert f"its scheduler: {run / 'student' / 'scheduler'}" in printed
     encoder = train("encoder", halving_recipe(num_inference_steps="[4, 2]", direction="inversion"))
     printed = " ".join(bkd("export", encoder, "-o", tmp_path / "encoder")[1].split())
-    assert "the image's latents and bkd.sampling.InversionScheduler, or use bkd edit" in printed
+    assert "the image's latents and bkd.diffusion.sampling.InversionScheduler, or use bkd edit" in printed
     chained = text.replace("[4, 2]", "[4, 1]")
     code, printed = bkd("export", train("loras", chained), "--format", "lora", "-o", tmp_path / "one.safetensors")
     assert code == 1 and "adapters of stage 2, over the student of stage 1" in printed

@@ -183,7 +183,7 @@ def test_prune_says_which_options_it_needs(bkd, tmp_path, monkeypatch, arguments
 
 def test_an_output_in_use_is_found_before_any_work(bkd, tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("years of work")
-    monkeypatch.setattr("bkd.importance.load_pipeline", lambda *args, **kwargs: pytest.fail("work was done"))
+    monkeypatch.setattr("bkd.pruning.importance.load_pipeline", lambda *args, **kwargs: pytest.fail("work was done"))
     code, printed = bkd("prune", "shapes", "--keep", "0.5", "--calibration", "shapes", "-o", tmp_path)
     assert code == 1 and "holds something else" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from bkd import files
-from bkd.caching import ensure_latents, plan_caching, read_latents
 from bkd.data import indexing
+from bkd.data.caching import ensure_latents, plan_caching, read_latents
 from bkd.data.captions import CaptionSource
 from bkd.data.images import decode_image, to_model_range, to_pixels
 from bkd.data.indexing import index_shard

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from bkd.data.shapes import scene
 from bkd.data.shapes_checker import rendered
+from bkd.diffusion.few_steps import FewSteps
+from bkd.diffusion.grid import Grid
 from bkd.edit import Editor
 from bkd.edit_plan import Half
 from bkd.errors import DataError, ModelError
-from bkd.few_steps import FewSteps
-from bkd.grid import Grid
-from bkd.models import load_noise_schedule
+from bkd.models.load import load_noise_schedule
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.unet import plan_removal
 from tests.test_halving import ddim

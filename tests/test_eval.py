@@ -26,7 +26,7 @@ from bkd.eval.protocols import Wish, plan_drawing, plan_suite
 from bkd.eval.reference import Reference
 from bkd.recipe.load import dump_recipe, load_recipe
 from bkd.report.measurements import measurements
-from bkd.run_lock import LOCK_FILE
+from bkd.runs.lock import LOCK_FILE
 from tests.test_clip_score import write_clip
 
 FAST = ("--num-inference-steps", 1)

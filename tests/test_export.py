@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from bkd.errors import ModelError
-from bkd.export import export_lora, export_pipeline, export_single_file
-from bkd.handed_on import HandedOn
-from bkd.models import load_unet
-from bkd.original_layout import original_tensors, unet_name, unexpressible
-from bkd.other_tools import verdicts
-from bkd.prune import plan_pruning, prune
-from bkd.student_folder import plan_facts
+from bkd.export.forms import export_lora, export_pipeline, export_single_file
+from bkd.export.other_tools import verdicts
+from bkd.export.source import HandedOn
+from bkd.models.load import load_unet
+from bkd.models.original_layout import original_tensors, unet_name, unexpressible
+from bkd.models.student_folder import plan_facts
+from bkd.pruning.prune import plan_pruning, prune
 from bkd.surgery.build import build_empty
 from bkd.surgery.unet import plan_removal
 from tests.conftest import SD2, SMALL_SD1, SMALL_SD2, SMALL_SDXL
@@ -51,7 +51,7 @@ def student_of(config, blocks):
 def pruned(folder, blocks, output):
     """A student's folder, without the reload in another process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bkd.prune.check_reload", lambda folder, expected: None)
+        patch.setattr("bkd.pruning.prune.check_reload", lambda folder, expected: None)
         prune(folder, folder.name, plan_pruning(folder, blocks), output)
     return output
 
@@ -175,7 +175,7 @@ def test_a_single_file_computes_what_the_student_does(bkd, family_folders, famil
 def test_a_file_whose_autoencoder_differs_is_not_kept(tiny, tmp_path, monkeypatch):
     name = "first_stage_model.decoder.conv_in.bias"
     monkeypatch.setattr(
-        "bkd.export.original_tensors", lambda pipe: {**(t := original_tensors(pipe)), name: t[name] + 1}
+        "bkd.export.forms.original_tensors", lambda pipe: {**(t := original_tensors(pipe)), name: t[name] + 1}
     )
     with pytest.raises(ModelError, match="the file's vae is not the folder's"):
         export_single_file(tiny, tmp_path / "out.safetensors", torch.float32)
@@ -185,7 +185,7 @@ def test_a_file_whose_autoencoder_differs_is_not_kept(tiny, tmp_path, monkeypatc
 @pytest.fixture
 def reloads_otherwise(monkeypatch):
     """Another process that computes something else."""
-    monkeypatch.setattr("bkd.proof._reloaded_output", lambda *folder, **options: torch.ones(1))
+    monkeypatch.setattr("bkd.models.proof._reloaded_output", lambda *folder, **options: torch.ones(1))
 
 
 @pytest.mark.parametrize("export", [export_pipeline, export_single_file])
@@ -262,7 +262,7 @@ def adapted(train):
 def without_proof(monkeypatch):
     """For tests of what is written."""
     for name in ("check_reload", "check_lora", "check_original"):
-        monkeypatch.setattr(f"bkd.export.{name}", lambda *args: None)
+        monkeypatch.setattr(f"bkd.export.forms.{name}", lambda *args: None)
 
 
 def last_step(run, name="trainable"):

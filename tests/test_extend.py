@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bkd.methods.base import Diffusion
 from bkd.methods.captions import caption_encoder
-from bkd.models import load_noise_schedule
+from bkd.models.load import load_noise_schedule
 from bkd.surgery import presets, unet
 from bkd.surgery.build import build_student
 from tests.test_data import cached

@@ -12,11 +12,11 @@ from PIL import Image
 import bkd.edit
 from bkd.data.shapes import scene
 from bkd.data.shapes_checker import rendered
+from bkd.diffusion.few_steps import FewSteps, few_steps
+from bkd.diffusion.guidance import OnePassGuidance, StudentKind, one_pass_guidance
+from bkd.diffusion.sampling import InversionScheduler, StochasticScheduler
 from bkd.edit import Editor
 from bkd.errors import ModelError
-from bkd.few_steps import FewSteps, few_steps
-from bkd.guidance import OnePassGuidance, StudentKind, one_pass_guidance
-from bkd.sampling import InversionScheduler, StochasticScheduler
 from bkd.surgery.plan import PLAN_FILE
 from tests.test_cli_halving import copied
 from tests.test_edit import claimed, half
@@ -164,7 +164,9 @@ def test_models_that_ddim_cannot_walk_do_not_edit(
 
 
 def test_latents_that_are_not_finite_are_not_written(bkd_refuses, picture, monkeypatch):
-    monkeypatch.setattr("bkd.sampling.InversionScheduler._moved", lambda self, output, sample, *ends: sample / 0)
+    monkeypatch.setattr(
+        "bkd.diffusion.sampling.InversionScheduler._moved", lambda self, output, sample, *ends: sample / 0
+    )
     edit = ["edit", picture, "--encoder", "shapes", "--from", "a", "--to", "b", "-o", "out.png"]
     bkd_refuses([*edit, "--num-inference-steps", 2], "the latents are not finite numbers any more")
 

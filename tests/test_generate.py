@@ -9,7 +9,7 @@ from bkd.data.shapes import scenes
 from bkd.errors import DataError
 from bkd.eval.drawing import Drawing
 from bkd.eval.generate import Noise, block_size, draw, generate, image_generator
-from bkd.models import load_pipeline
+from bkd.models.load import load_pipeline
 
 PROMPTS = [scene.caption for scene in scenes("test", 30)]
 FEW_STEPS = Drawing(num_inference_steps=2, guidance_scale=3.0)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bkd.locate import locate
-from bkd.models import load_pipeline, place_encoders, training_dtype, use_channels_last
+from bkd.models.load import load_pipeline, place_encoders, training_dtype, use_channels_last
+from bkd.models.locate import locate
 from tests.test_data import cached
 from tests.training import ALONE, kd, make_fit, run
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from bkd.diffusion import NoiseSchedule
+from bkd.diffusion.guidance import OnePassGuidance, one_pass_guidance, pipeline_scale
+from bkd.diffusion.noise_schedule import NoiseSchedule
 from bkd.eval.pictures import with_unet
-from bkd.guidance import OnePassGuidance, one_pass_guidance, pipeline_scale
 from bkd.methods.base import Diffusion
 from bkd.methods.captions import caption_encoder
 from bkd.methods.guided import GuidedDistillation, embed_guidance_scale
-from bkd.models import load_noise_schedule, load_pipeline
+from bkd.models.load import load_noise_schedule, load_pipeline
 from bkd.recipe.stages import Guided, GuidedLoss
 from bkd.rng import StepRng
 from bkd.surgery.build import build_student

@@ -8,21 +8,21 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-import bkd.sampling
-from bkd.diffusion import NoiseSchedule, conversion_at
-from bkd.few_steps import FewSteps
-from bkd.grid import Grid, is_grid, nests, rotation, trailing_timesteps
-from bkd.guidance import OnePassGuidance
-from bkd.halving import DoubleSteps, crossing
+import bkd.diffusion.sampling
+from bkd.diffusion.few_steps import FewSteps
+from bkd.diffusion.grid import Grid, is_grid, nests, rotation, trailing_timesteps
+from bkd.diffusion.guidance import OnePassGuidance
+from bkd.diffusion.halving import DoubleSteps, crossing
+from bkd.diffusion.noise_schedule import NoiseSchedule, conversion_at
+from bkd.diffusion.sampling import InversionScheduler, StochasticScheduler
+from bkd.diffusion.schedulers import TRAINED, stock_scheduler
 from bkd.methods.base import Diffusion
 from bkd.methods.captions import caption_encoder
 from bkd.methods.guided import embed_guidance_scale
 from bkd.methods.halving import HalvingDistillation
-from bkd.models import load_noise_schedule
+from bkd.models.load import load_noise_schedule
 from bkd.recipe.stages import Halving
 from bkd.rng import StepRng
-from bkd.sampling import InversionScheduler, StochasticScheduler
-from bkd.schedulers import TRAINED, stock_scheduler
 from bkd.surgery.build import build_student
 from bkd.surgery.unet import plan_removal
 from tests.test_data import cached
@@ -169,7 +169,7 @@ def test_the_stochastic_samplers_marginals_are_the_exact_ones(count, predicts, m
         cos, sin = rotation(a, s, a2, s2)
         of_v, of_z = conversion_at(a, s, "v_prediction", predicts)
         output = of_v * (exact - cos * z) / sin + of_z * z
-        monkeypatch.setattr(bkd.sampling, "randn_tensor", lambda *args, **more: torch.full_like(z, noise))
+        monkeypatch.setattr(bkd.diffusion.sampling, "randn_tensor", lambda *args, **more: torch.full_like(z, noise))
         return scheduler.step(output, timestep, z).prev_sample
 
     mean, variance = grid.alphas[0] * MEAN, deviation(grid.alphas[0], grid.sigmas[0]) ** 2
@@ -376,7 +376,7 @@ def test_a_student_may_predict_something_else(teacher, teacher_folder, data, tmp
 
 def test_samplers_refuse_counts_without_a_grid():
     for kind in (StochasticScheduler, InversionScheduler):
-        with pytest.raises(bkd.sampling.ModelError, match="no grid"):
+        with pytest.raises(bkd.diffusion.sampling.ModelError, match="no grid"):
             kind(**SD).set_timesteps(61)
     assert set(TRAINED) <= set(StochasticScheduler(**SD).config)
     assert replace(FewSteps(4), sampler="stochastic").stock_steps == 2

@@ -10,17 +10,17 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from bkd.calibration import calibration_batches
-from bkd.cost import unet_cost
 from bkd.data.indexing import index_shard
 from bkd.data.sources import LocalShard
 from bkd.errors import DataError, ModelError, SurgeryError
-from bkd.importance import select, write_importance
-from bkd.models import load_pipeline
+from bkd.models.load import load_pipeline
+from bkd.pruning.calibration import calibration_batches
+from bkd.pruning.importance import select, write_importance
 from bkd.surgery.anatomy import read_anatomy
 from bkd.surgery.budget import Amounts, amount_within, cost_map, parse_budget
 from bkd.surgery.build import build_student
 from bkd.surgery.choose import choose, enumerate_options, scorable_removals
+from bkd.surgery.cost import unet_cost
 from bkd.surgery.options import complete
 from bkd.surgery.probe import unet_inputs
 from bkd.surgery.score import OutputChange

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bkd.errors import ModelError, OutputError, SurgeryError
-from bkd.inspection import lineage_of
 from bkd.lora.remap import remap_lora
-from bkd.models import load_pipeline
-from bkd.original_layout import unet_name
-from bkd.prune import plan_pruning, prune
+from bkd.models.load import load_pipeline
+from bkd.models.original_layout import unet_name
+from bkd.pruning.inspect import lineage_of
+from bkd.pruning.prune import plan_pruning, prune
 from bkd.surgery.build import build_empty, build_student
 from bkd.surgery.plan import Lineage, load_plan
 from bkd.surgery.probe import as_arguments, unet_inputs
@@ -37,7 +37,7 @@ def output(unet):
 def tiny(teacher_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("remap") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bkd.prune.check_reload", lambda folder, expected: None)
+        patch.setattr("bkd.pruning.prune.check_reload", lambda folder, expected: None)
         prune(teacher_folder, "shapes", plan_pruning(teacher_folder, "sd-tiny"), folder)
     return folder
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bkd.diffusion import NoiseSchedule
+from bkd.diffusion.noise_schedule import NoiseSchedule
 from bkd.errors import ModelError, ShapeMismatch
 from bkd.hooks import FeatureTap
 from bkd.losses import LossTerms, feature_kd_losses, output_kd_loss, task_loss

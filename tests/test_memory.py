@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bkd.bench_memory import _measure, count_memory, for_one_pass, memory_stages
-from bkd.live_bytes import LiveBytes
+from bkd.bench.memory import _measure, count_memory, for_one_pass, memory_stages
 from bkd.recipe.load import load_recipe
+from bkd.training.live_bytes import LiveBytes
 
 NAMES = ("full distillation", "LoRA", "LoRA, shared, sd-small")
 """Those that are counted here: all but two."""
@@ -71,7 +71,7 @@ def test_a_student_that_is_there_already_shares_nothing():
 
 def test_the_table(bkd, counted, monkeypatch):
     rows = iter([{"skipped": "out of memory"}, counted["LoRA"], *counted.values()])
-    monkeypatch.setattr("bkd.bench_memory.count_memory", lambda recipe, teacher: next(rows))
+    monkeypatch.setattr("bkd.bench.memory.count_memory", lambda recipe, teacher: next(rows))
     code, printed = bkd("bench", "memory", "shapes/guided-lora", "--batch", 2, "--count")
     assert code == 0, printed
     assert "MiB, 2 images a pass" in printed and "full fine-tune skipped: out of memory" in printed
@@ -95,7 +95,7 @@ def test_bad_input(bkd_refuses, arguments, message):
 def test_what_cannot_be_compared_with_is_left_out(bkd, counted, monkeypatch, without_reload, tmp_path):
     """A pruned teacher has no sd-small any more; its own recipe is measured all the same."""
     assert bkd("prune", "shapes", "--blocks", "sd-tiny", "-o", tmp_path / "tiny")[0] == 0
-    monkeypatch.setattr("bkd.bench_memory.count_memory", lambda recipe, teacher: counted["LoRA"])
+    monkeypatch.setattr("bkd.bench.memory.count_memory", lambda recipe, teacher: counted["LoRA"])
     arguments = ["shapes/guided-lora", f"teacher.id={tmp_path / 'tiny'}", "--batch", 2, "--count"]
     code, printed = bkd("bench", "memory", *arguments)
     assert code == 0 and "LoRA, shared, sd-small skipped:" in printed, printed

@@ -10,17 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from bkd.environment import torchvision_problem
 from bkd.errors import EnvironmentProblem, ModelError, OutputError
-from bkd.inspection import inspect_model
-from bkd.locate import locate
-from bkd.model_folder import check_pipeline_folder, model_digest, native_resolution
-from bkd.models import load_pipeline, load_unet
-from bkd.original_layout import original_tensors
-from bkd.proof import check_reload, check_tensors, probe_output
-from bkd.prune import plan_pruning
-from bkd.prune import prune as write_pruned
+from bkd.models.folder import check_pipeline_folder, model_digest, native_resolution
+from bkd.models.load import load_pipeline, load_unet
+from bkd.models.locate import locate
+from bkd.models.original_layout import original_tensors
+from bkd.models.proof import check_reload, check_tensors, probe_output
+from bkd.models.unet_weights import check_unet_weights, stored_dtype, weights_problem
+from bkd.pruning.inspect import inspect_model
+from bkd.pruning.prune import plan_pruning
+from bkd.pruning.prune import prune as write_pruned
 from bkd.recipe.load import load_recipe
-from bkd.run import check_inputs
-from bkd.unet_weights import check_unet_weights, stored_dtype, weights_problem
+from bkd.runs.run import check_inputs
 
 
 def prune(teacher, name, blocks, output, **options):
@@ -421,7 +421,7 @@ def test_overwrite_replaces_students_and_nothing_else(folder, teacher_folder, tm
 
 
 def test_a_failed_proof_leaves_nothing(teacher_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("bkd.proof.RELOAD_SCRIPT", "raise SystemExit('no diffusers here')")
+    monkeypatch.setattr("bkd.models.proof.RELOAD_SCRIPT", "raise SystemExit('no diffusers here')")
     with pytest.raises(ModelError, match=r"does not load in stock diffusers(.|\n)*no diffusers here"):
         prune(teacher_folder, "shapes", "sd-small", tmp_path / "out")
     assert not list(tmp_path.iterdir())

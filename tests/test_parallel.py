@@ -139,7 +139,7 @@ stages:
 samples: {num_inference_steps: 2, guidance_scale: 3.0}
 """)
     arguments = ["train", recipe, f"data.shards={shards[0].parent}", "-o"]
-    monkeypatch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
+    monkeypatch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
     code, printed = bkd(*arguments, tmp_path / "one")
     assert code == 0, printed
     done = launch("fsdp2", 2, tmp_path, "bkd", *arguments, tmp_path / "two")

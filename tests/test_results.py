@@ -27,12 +27,12 @@ import results_steps_runs as steps
 
 from bkd.data.shapes import scene
 from bkd.data.shapes_checker import rendered
-from bkd.locate import locate
-from bkd.model_facts import model_facts
-from bkd.model_folder import unet_config
+from bkd.models.facts import model_facts
+from bkd.models.folder import unet_config
+from bkd.models.locate import locate
 from bkd.recipe.load import load_recipe
-from bkd.run_folder import RunFolder
-from bkd.stage_plan import plan_stage
+from bkd.runs.folder import RunFolder
+from bkd.runs.stage_plan import plan_stage
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.presets import PRESETS
 from bkd.surgery.unet import plan_removal

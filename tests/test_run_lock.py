@@ -9,7 +9,7 @@ import time
 import pytest
 
 from bkd.errors import OutputError
-from bkd.run_lock import EXPIRES_SECONDS, LOCK_FILE, hold_run, require_not_held
+from bkd.runs.lock import EXPIRES_SECONDS, LOCK_FILE, hold_run, require_not_held
 
 US = {"host": socket.gethostname(), "pid": os.getppid(), "since": "2026-01-01T00:00:00"}
 """A live process of this machine that is not this one."""
@@ -61,7 +61,7 @@ def test_a_dead_holder_is_replaced(tmp_path, holder, age):
 
 
 def test_a_sign_of_life_is_given_again_and_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("bkd.run_lock.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("bkd.runs.lock.HEARTBEAT_SECONDS", 0.01)
     with hold_run(tmp_path):
         os.utime(tmp_path / LOCK_FILE, (0, 0))
         deadline = time.monotonic() + 10

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from bkd.caching import ensure_latents, plan_caching, read_latents
+from bkd.data.caching import ensure_latents, plan_caching, read_latents
 from bkd.data.captions import CaptionSource
 from bkd.data.survey import DataWish
 from bkd.methods.captions import caption_encoder
-from bkd.models import load_pipeline
+from bkd.models.load import load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_an_sdxl_student_is_distilled(bkd, family_folders, shards, tmp_path):
 
 @pytest.mark.parametrize("lora", ["null", "{r: 4}"])
 def test_an_sdxl_students_guidance_is_distilled(bkd, family_folders, shards, tmp_path, monkeypatch, lora):
-    monkeypatch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
+    monkeypatch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
     overrides = ["train.max_steps=2", "train.batch=4", f"stages.0.lora={lora}", "samples.num_inference_steps=2"]
     data = [f"teacher.id={family_folders['sdxl']}", f"data.shards={shards[1]}"]
     code, printed = bkd("train", "shapes/guided", *data, *overrides, "-o", tmp_path / "run")

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from bkd.errors import BkdError
 from bkd.lora.adapter_file import Adapter
 from bkd.lora.adapters import add_adapters, merged, require_adaptable, scaled_tensors, trained_tensors, unshared
-from bkd.models import load_pipeline, load_unet
+from bkd.models.load import load_pipeline, load_unet
 from bkd.recipe.lora import Lora
 from bkd.surgery.build import build_student
 from bkd.surgery.probe import as_arguments, unet_inputs

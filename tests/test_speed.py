@@ -34,7 +34,7 @@ def test_models_take_turns_and_change_who_begins():
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_step_is_one_pass_of_the_batch(family_folders, family):
-    from bkd.models import load_pipeline
+    from bkd.models.load import load_pipeline
 
     pipe = load_pipeline(family_folders[family], dtype=torch.bfloat16)
     output = call_of(Case("unet", 3, "eager", "bfloat16"), pipe, SpeedWish())().sample

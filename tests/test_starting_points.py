@@ -9,17 +9,17 @@ import torch
 from diffusers import schedulers
 
 from bkd.cli.app import main
+from bkd.diffusion.scheduler_kinds import NOT_FOR_SAMPLE
 from bkd.errors import ModelError, OutputError, RecipeError
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.methods.base import NoisyBatch
 from bkd.methods.captions import Conditioning
-from bkd.model_folder import model_digest, unet_config
+from bkd.models.folder import model_digest, unet_config
 from bkd.recipe.load import load_recipe
 from bkd.recipe.stages import Stage, Student
-from bkd.run import check_stages
-from bkd.run_folder import RunFolder
-from bkd.scheduler_kinds import NOT_FOR_SAMPLE
-from bkd.stage import require_same_start
+from bkd.runs.folder import RunFolder
+from bkd.runs.run import check_stages
+from bkd.runs.stage import require_same_start
 from bkd.surgery.plan import PLAN_FILE
 from bkd.surgery.unet import plan_removal
 from bkd.training.fit import Fit
@@ -133,7 +133,7 @@ def test_weights_that_cannot_be_finite_are_refused(folder):
 
 
 def test_a_run_with_adapters_is_not_done_without_them(shards, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
+    monkeypatch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
     command = ["train", "shapes/sd-small-lora", f"data.shards={shards[0].parent}", "train.batch=4", "train.max_steps=1"]
     command += ["train.warmup_steps=0", "samples.prompts=[]", "-o", str(tmp_path / "run")]
     save = Adapter.save

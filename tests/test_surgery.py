@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from bkd.cost import unet_cost
 from bkd.errors import SurgeryError
 from bkd.surgery.build import build_empty, build_student
+from bkd.surgery.cost import unet_cost
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.presets import PRESET_NAMES
 from bkd.surgery.unet import plan_removal

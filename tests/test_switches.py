@@ -7,11 +7,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bkd.data.order import other_places, share
-from bkd.diffusion import NoiseSchedule
+from bkd.diffusion.noise_schedule import NoiseSchedule
 from bkd.errors import DataError, EnvironmentProblem, RecipeError, ShapeMismatch, TrainingError
 from bkd.eval.pictures import with_unet
 from bkd.losses import feature_kd_losses, task_loss
-from bkd.models import use_channels_last
+from bkd.models.load import use_channels_last
 from bkd.recipe.schema import Train
 from bkd.recipe.stages import Loss
 from bkd.rng import StepRng

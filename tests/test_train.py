@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bkd.diffusion import NoiseSchedule
+from bkd.diffusion.noise_schedule import NoiseSchedule
 from bkd.errors import DataError, EnvironmentProblem, TrainingError
 from bkd.recipe.load import load_recipe
 from bkd.recipe.schema import Train
 from bkd.recipe.stages import Loss
-from bkd.run import _recorded_end
-from bkd.run_folder import RunFolder, open_run
+from bkd.runs.folder import RunFolder, open_run
+from bkd.runs.run import _recorded_end
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events
 from bkd.training.journal import StepReport

@@ -14,7 +14,7 @@ from bkd.environment import process_place
 from bkd.methods.base import Diffusion
 from bkd.methods.captions import caption_encoder
 from bkd.methods.kd import KnowledgeDistillation
-from bkd.models import load_noise_schedule
+from bkd.models.load import load_noise_schedule
 from bkd.recipe.schema import Train
 from bkd.recipe.stages import Loss
 from bkd.rng import StepRng
@@ -87,7 +87,7 @@ def loss_of(method, data):
 def train_here(*arguments, code=0):
     """`bkd train` in this process, without the reload in another; it must end with that exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bkd.student_folder.check_reload", lambda folder, expected: None)
+        patch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
         patch.setattr(sys, "argv", ["bkd", "train", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()

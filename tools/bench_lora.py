@@ -17,13 +17,13 @@ from typing import Any
 
 from bench_train import median_ratio, taking_turns
 
-from bkd.bench import SimulatedSamples, Unsaved
-from bkd.locate import locate
-from bkd.model_folder import native_resolution
-from bkd.models import load_pipeline
+from bkd.bench.train import SimulatedSamples, Unsaved
+from bkd.models.folder import native_resolution
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
 from bkd.recipe.load import load_recipe
-from bkd.run import check_stages
-from bkd.stage_setup import build_method
+from bkd.runs.run import check_stages
+from bkd.runs.stage_setup import build_method
 from bkd.training.fit import Fit
 from bkd.training.parallel import start_parallel
 

@@ -21,7 +21,7 @@ from bench_speed import make_other_parts_real
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
-from bkd.locate import locate
+from bkd.models.locate import locate
 
 
 def make_configurations(folder: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from architectures import SD1, SDXL
 from diffusers import UNet2DConditionModel
 
-from bkd.locate import locate
+from bkd.models.locate import locate
 
 
 def make_teacher(folder: Path, family: str, dtype: torch.dtype) -> int:

@@ -20,7 +20,7 @@ from bench_prune import make_teacher
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from bkd.stage_setup import GUIDANCE_DIM
+from bkd.runs.stage_setup import GUIDANCE_DIM
 
 PRESETS = ("sd-small", "sd-tiny")
 

@@ -30,15 +30,15 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bkd.bench import NUM_SAMPLES, SimulatedSamples, Unsaved, peak_bytes
+from bkd.bench.train import NUM_SAMPLES, SimulatedSamples, Unsaved, peak_bytes
 from bkd.eval.pictures import with_unet
-from bkd.locate import locate
-from bkd.model_facts import model_facts
-from bkd.models import best_device, load_pipeline, training_dtype
+from bkd.models.facts import model_facts
+from bkd.models.load import best_device, load_pipeline, training_dtype
+from bkd.models.locate import locate
 from bkd.recipe.schema import Recipe, Train
 from bkd.recipe.stages import Kd, Loss, Stage, Student
-from bkd.stage_plan import plan_stages
-from bkd.stage_setup import build_method
+from bkd.runs.stage_plan import plan_stages
+from bkd.runs.stage_setup import build_method
 from bkd.surgery.build import build_student
 from bkd.surgery.unet import plan_removal
 from bkd.training.fit import Fit

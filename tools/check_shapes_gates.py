@@ -21,8 +21,8 @@ from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene
 from bkd.data.shapes_checker import check, rendered
 from bkd.eval.generate import generate
 from bkd.eval.statistics import Proportion, proportion
-from bkd.locate import locate
-from bkd.models import load_pipeline
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
 
 
 def one_attribute_wrong(drawn: Scene, rng: random.Random) -> Scene:

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bkd.calibration import calibration_batches
 from bkd.data.shapes import EMBEDDED, scenes
 from bkd.data.shapes_checker import check
 from bkd.data.sources import find_sources
@@ -25,10 +24,11 @@ from bkd.eval.generate import generate
 from bkd.eval.pictures import with_unet
 from bkd.eval.statistics import proportion
 from bkd.files import cache_folder, write_atomically
-from bkd.importance import select
-from bkd.locate import locate
-from bkd.models import load_pipeline, load_unet
-from bkd.prune import plan_pruning
+from bkd.models.load import load_pipeline, load_unet
+from bkd.models.locate import locate
+from bkd.pruning.calibration import calibration_batches
+from bkd.pruning.importance import select
+from bkd.pruning.prune import plan_pruning
 from bkd.surgery.build import build_student
 from bkd.surgery.score import OutputChange
 

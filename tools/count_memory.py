@@ -14,12 +14,12 @@ from pathlib import Path
 
 from bench_memory import make_configurations
 
-from bkd.bench_memory import for_one_pass
+from bkd.bench.memory import for_one_pass
 from bkd.cli.console import prepare
 from bkd.cli.cost_view import estimated, gib
 from bkd.recipe.load import load_recipe
 from bkd.recipe.schema import Recipe
-from bkd.run import check_stages
+from bkd.runs.run import check_stages
 
 RECIPES = ("sd-small", "sd-tiny", "bk-base", "bk-small", "bk-tiny", "guided", "sd-small-lora", "guided-lora")
 

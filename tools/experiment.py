@@ -27,20 +27,20 @@ from diffusers.utils import logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from bkd.bench import Unsaved
-from bkd.caching import ensure_latents, read_latents
+from bkd.bench.train import Unsaved
+from bkd.data.caching import ensure_latents, read_latents
 from bkd.data.shapes import scenes
+from bkd.diffusion.guidance import StudentKind
 from bkd.eval.drawing import Drawing
 from bkd.eval.generate import draw
 from bkd.eval.pictures import with_unet
 from bkd.files import replace_file, write_atomically
-from bkd.guidance import StudentKind
-from bkd.locate import locate
-from bkd.model_folder import model_digest
-from bkd.models import load_pipeline
+from bkd.models.folder import model_digest
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
 from bkd.recipe.load import load_recipe
-from bkd.run import check_inputs
-from bkd.stage_setup import build_method
+from bkd.runs.run import check_inputs
+from bkd.runs.stage_setup import build_method
 from bkd.training.fit import Events, Fit
 from bkd.training.journal import StepReport
 from bkd.training.parallel import start_parallel

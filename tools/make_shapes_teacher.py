@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from bkd.data.images import to_model_range
 from bkd.data.shapes import BACKGROUNDS, COLORS, POSITIONS, RADII, SHAPES, Scene, scene
 from bkd.data.shapes_checker import check, rendered
-from bkd.student_folder import load_as_float32
+from bkd.models.student_folder import load_as_float32
 
 MAX_TOKENS = 24
 PROMPT_DROPOUT = 0.1

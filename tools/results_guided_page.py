@@ -29,11 +29,11 @@ from bkd.data.shapes_checker import check
 from bkd.environment import installed_version
 from bkd.eval.statistics import CONFIDENCE
 from bkd.files import replace_file, write_atomically
-from bkd.locate import locate
-from bkd.models import load_pipeline
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
 from bkd.recipe.load import load_recipe
-from bkd.run import check_stages
-from bkd.stage_setup import start_student
+from bkd.runs.run import check_stages
+from bkd.runs.stage_setup import start_student
 
 STYLES = ("#000000", "#D55E00", "#E69F00", "#0072B2")  # of CAPACITIES; Okabe & Ito's, which the colour-blind tell apart
 

@@ -25,15 +25,15 @@ from experiment import GUIDANCE_SCALE, prompts, require_same_settings
 
 from bkd.data.shapes import COLORS, THEME_SHAPE, Scene, scenes
 from bkd.data.shapes_checker import rendered
+from bkd.diffusion.few_steps import few_steps
 from bkd.edit import Editor
 from bkd.edit_plan import Half
 from bkd.eval.candidates import Named, load_candidate
 from bkd.eval.drawing import Drawing
 from bkd.eval.generate import draw
-from bkd.few_steps import few_steps
 from bkd.files import replace_file
-from bkd.locate import locate
-from bkd.model_folder import model_digest
+from bkd.models.folder import model_digest
+from bkd.models.locate import locate
 
 FIRST, COUNTS = 32, (16, 8, 4, 2, 1)
 """Steps that halvings begin with, and those that they lead to."""

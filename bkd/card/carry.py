@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bkd.card.files import CARD_FILE, CARD_FOLDER, DIGEST_KEY, is_written_card
 from bkd.files import write_atomically
-from bkd.model_folder import model_digest
+from bkd.models.folder import model_digest
 
 MEASURED = "\n## Measured\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bkd.run_folder import SUITES
+from bkd.runs.folder import SUITES
 
 CARD_FILE = "README.md"
 CARD_FOLDER = "card"

@@ -10,7 +10,7 @@ from typing import Any
 from bkd.card.files import CARD_FILE
 from bkd.card.head import read_head
 from bkd.errors import HubError
-from bkd.locate import hub_commit
+from bkd.models.locate import hub_commit
 
 RESTRICTED = (
     "creativeml-openrail-m",

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from bkd.card.files import DIGEST_KEY
 from bkd.card.subject import Subject
+from bkd.diffusion.guidance import StudentKind
 from bkd.eval.shown import METRIC_TITLES, SUITE_TITLES
-from bkd.guidance import StudentKind
-from bkd.measuring import draws
-from bkd.model_folder import is_inpainting, unet_config
+from bkd.models.folder import is_inpainting, unet_config
+from bkd.runs.measuring import draws
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

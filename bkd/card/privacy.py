@@ -9,7 +9,7 @@ from typing import Any
 
 from bkd.data.remote import shown
 from bkd.data.shapes import EMBEDDED
-from bkd.locate import HUB_ID
+from bkd.models.locate import HUB_ID
 from bkd.recipe.schema import Recipe
 from bkd.recipe.stages import Stage
 

@@ -11,14 +11,14 @@ from bkd.card.license import License, carried_over, teacher_license
 from bkd.card.privacy import model_name
 from bkd.data.shapes import EMBEDDED
 from bkd.errors import BkdError, HubError
-from bkd.locate import HUB_ID, hub_commit, locate
-from bkd.measuring import WORLD, eval_command, speed_command
-from bkd.model_folder import model_digest
+from bkd.models.folder import model_digest
+from bkd.models.locate import HUB_ID, hub_commit, locate
 from bkd.recipe.schema import Recipe
 from bkd.report.architecture import Architecture, architecture
 from bkd.report.measurements import Report, read_evaluation
 from bkd.report.speed_view import SpeedReport, read_speed
-from bkd.run_folder import RunFolder, require_finished, run_of_student
+from bkd.runs.folder import RunFolder, require_finished, run_of_student
+from bkd.runs.measuring import WORLD, eval_command, speed_command
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bkd.card.tables import Markdown, table
-from bkd.measuring import WORLD
 from bkd.recipe.schema import Recipe
 from bkd.recipe.stages import Guided, Kd, Stage
+from bkd.runs.measuring import WORLD
 
 COLUMNS = ("stage", "steps", "images a step", "learning rate", "loss", "trained", "averaged")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bkd.card.files import REPO_PLACEHOLDER
-from bkd.guidance import StudentKind
-from bkd.model_folder import read_json
+from bkd.diffusion.guidance import StudentKind
+from bkd.models.folder import read_json
 from bkd.recipe.schema import Samples
 
 FALLBACK_PROMPT = "a photograph of a lighthouse at dusk"

@@ -20,14 +20,14 @@ from bkd.card.training import data_sentence, settings_table
 from bkd.card.usage import usage
 from bkd.errors import OutputError
 from bkd.eval.sheet import read_sheet
+from bkd.export.other_tools import verdicts
 from bkd.files import write_atomically
-from bkd.model_folder import read_json, scheduler_config, unet_config
-from bkd.original_layout import unexpressible
-from bkd.other_tools import verdicts
+from bkd.models.folder import read_json, scheduler_config, unet_config
+from bkd.models.original_layout import unexpressible
+from bkd.models.student_folder import unfinished_folder
 from bkd.recipe.load import dump_recipe
 from bkd.report.measurements import measurements
-from bkd.run_folder import seconds_key
-from bkd.student_folder import unfinished_folder
+from bkd.runs.folder import seconds_key
 
 
 def write_card(subject: Subject, *, overwrite: bool = False) -> Path:

@@ -14,9 +14,9 @@ from bkd.cli.console import console, counted, short, table
 from bkd.surgery.plan import PLAN_FILE
 
 if TYPE_CHECKING:
-    from bkd.importance import Selection
     from bkd.lora.remap import Remapped
-    from bkd.prune import Pruning, Written
+    from bkd.pruning.importance import Selection
+    from bkd.pruning.prune import Pruning, Written
 
 Row = tuple[str, ...]
 

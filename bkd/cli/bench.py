@@ -23,10 +23,10 @@ def train_(
 
     parsed = load_recipe(recipe, [*(overrides or ()), "data.shards=simulated"])
     prepare()
-    from bkd.bench import bench_train
+    from bkd.bench.train import bench_train
     from bkd.cli.cost_view import estimated, gib, show_advice
-    from bkd.models import best_device
-    from bkd.run import check_teacher
+    from bkd.models.load import best_device
+    from bkd.runs.run import check_teacher
 
     teacher, stages = check_teacher(parsed)
     with progress_view() as view:
@@ -68,7 +68,7 @@ def speed_(
     from bkd.cli.speed_view import show_speed
     from bkd.eval.candidates import name_candidates
     from bkd.eval.speed import SpeedWish, bench_speed, require_possible
-    from bkd.models import device_named
+    from bkd.models.load import device_named
     from bkd.output_folder import require_free
     from bkd.report.speed_chart import write_speed_report
 
@@ -109,7 +109,7 @@ def memory_(
 
     parsed = load_recipe(recipe, [*(overrides or ()), "data.shards=simulated"])
     prepare()
-    from bkd.bench_memory import compare_memory
+    from bkd.bench.memory import compare_memory
     from bkd.cli.memory_view import show_memory
 
     batches = batch or [parsed.train.batch // parsed.train.grad_accum]

@@ -41,7 +41,7 @@ def prepare(*models: str | None) -> None:
         models: MODEL arguments, for those that mean nothing to be refused before libraries are loaded.
     """
     from bkd.environment import require_working_environment
-    from bkd.locate import refuse_unknown
+    from bkd.models.locate import refuse_unknown
 
     for model in models:
         if model is not None:

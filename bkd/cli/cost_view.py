@@ -10,8 +10,8 @@ from bkd.cli.console import console, table
 
 if TYPE_CHECKING:
     from bkd.recipe.schema import Recipe, Train
-    from bkd.run import Inputs
-    from bkd.stage_plan import PlannedStage
+    from bkd.runs.run import Inputs
+    from bkd.runs.stage_plan import PlannedStage
     from bkd.training.estimate import TrainingMemory
 
 
@@ -97,7 +97,7 @@ def show_advice(name: str, stages: Sequence[PlannedStage], counted: Sequence[Tra
         stages: Those to look at.
         counted: What each takes.
     """
-    from bkd.models import best_device
+    from bkd.models.load import best_device
     from bkd.recipe.load import written_train
     from bkd.recipe.stages import numbered
     from bkd.training.estimate import advice

@@ -46,8 +46,8 @@ def _wish(recipe: str | None, caption: str | None, where: list[str] | None) -> D
 
 def _resolution(recipe: str | None) -> int | None:
     """A recipe's training resolution, where that can be known without a download."""
-    from bkd.locate import is_folder, locate
-    from bkd.model_folder import native_resolution
+    from bkd.models.folder import native_resolution
+    from bkd.models.locate import is_folder, locate
     from bkd.recipe.load import load_recipe
 
     if recipe is None:
@@ -65,7 +65,7 @@ def _predictor(clip: Path | None, head: Path | None) -> Predictor | None:
         return None
     prepare()
     from bkd.data.aesthetic import load_predictor
-    from bkd.models import best_device
+    from bkd.models.load import best_device
 
     return load_predictor(clip, head, device=str(best_device()))
 
@@ -181,14 +181,14 @@ def cache(
     Under `accelerate launch` the shards are shared between the processes.
     """
     prepare(teacher)
-    from bkd.caching import counted_images, ensure_latents, plan_caching
     from bkd.cli.data_view import show_latents
+    from bkd.data.caching import counted_images, ensure_latents, plan_caching
     from bkd.data.check import check_latents
     from bkd.data.output_set import require_ours
     from bkd.environment import process_place
-    from bkd.locate import locate
-    from bkd.model_folder import native_resolution
-    from bkd.models import best_device, load_pipeline
+    from bkd.models.folder import native_resolution
+    from bkd.models.load import best_device, load_pipeline
+    from bkd.models.locate import locate
 
     require_ours(output)
     wish, place, folder = _wish(recipe, caption, where), process_place(), locate(teacher)

@@ -34,7 +34,7 @@ def sample(
     """Draw one picture for each prompt."""
     from bkd.data.prompts import read_prompts, require_prompts
     from bkd.eval.drawing import Drawing, drawing_settings, require_drawable
-    from bkd.locate import refuse_unknown
+    from bkd.models.locate import refuse_unknown
     from bkd.output_folder import require_free
 
     refuse_unknown(model)
@@ -75,7 +75,7 @@ def edit(
 ) -> None:
     """Encode an image with one prompt or model, decode with another."""
     from bkd.edit_plan import Edit, Half, require_editable
-    from bkd.locate import refuse_unknown
+    from bkd.models.locate import refuse_unknown
 
     for model in (encoder, decoder or encoder):
         refuse_unknown(model)
@@ -126,7 +126,7 @@ def eval_(
     from bkd.environment import process_place
     from bkd.eval.protocols import Wish, plan_drawing, plan_suite
     from bkd.eval.run import evaluate, plan_evaluation
-    from bkd.models import dtype_named
+    from bkd.models.load import dtype_named
 
     wish = Wish(
         suite=suite,

@@ -11,7 +11,7 @@ import typer
 from bkd.cli.console import console, prepare, progress_view, table
 
 if TYPE_CHECKING:
-    from bkd.importance import Selection
+    from bkd.pruning.importance import Selection
 
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a Hub id.")]
 SingleFileConfig = Annotated[
@@ -64,9 +64,9 @@ def inspect(
     """Show a UNet's units, which may go, and what presets would leave."""
     folder = _located(model, revision, config, weights=False)
     prepare()
-    from bkd.guidance import StudentKind
-    from bkd.inspection import inspect_model
-    from bkd.locate import locate
+    from bkd.diffusion.guidance import StudentKind
+    from bkd.models.locate import locate
+    from bkd.pruning.inspect import inspect_model
 
     found = inspect_model(folder, locate(teacher, weights=False) if teacher else None)
     if as_json:
@@ -115,8 +115,8 @@ def prune(
     _check_wish(folder, blocks, strict, output, overwrite)
     prepare()
     from bkd.cli.anatomy_view import show_pruning, show_written
-    from bkd.prune import plan_pruning, with_cost
-    from bkd.prune import prune as write_pruned
+    from bkd.pruning.prune import plan_pruning, with_cost
+    from bkd.pruning.prune import prune as write_pruned
 
     selection = _select(folder, keep, calibration, calibration_samples, macs) if keep and calibration else None
     pruning = with_cost(folder, selection.plan) if selection else plan_pruning(folder, blocks or "", strict=strict)
@@ -148,7 +148,7 @@ def _check_options(
 
 def _located(model: str, revision: str | None, config: str | None, *, weights: bool) -> Path:
     """The folder of a MODEL; nothing heavy loads for one that is already here."""
-    from bkd.locate import is_folder, locate
+    from bkd.models.locate import is_folder, locate
 
     if not is_folder(model):
         prepare(model)  # the Hub's and single files' importers load diffusers
@@ -157,7 +157,7 @@ def _located(model: str, revision: str | None, config: str | None, *, weights: b
 
 def _check_wish(folder: Path, blocks: str | None, strict: bool, output: Path | None, overwrite: bool) -> None:
     """Say what is wrong with a wish before the libraries that would fulfil it are loaded."""
-    from bkd.model_folder import unet_config
+    from bkd.models.folder import unet_config
     from bkd.output_folder import check_output
     from bkd.surgery.unet import plan_removal
 
@@ -169,7 +169,7 @@ def _check_wish(folder: Path, blocks: str | None, strict: bool, output: Path | N
 
 def _select(folder: Path, keep: str, calibration: str, num_samples: int, macs: bool) -> Selection:
     from bkd.cli.anatomy_view import show_selection
-    from bkd.importance import select
+    from bkd.pruning.importance import select
 
     with progress_view() as view:
 
@@ -185,7 +185,7 @@ def _select(folder: Path, keep: str, calibration: str, num_samples: int, macs: b
 
 def _write_importance(teacher: Path, selection: Selection | None, folder: Path) -> None:
     if selection is not None:
-        from bkd.importance import write_importance
+        from bkd.pruning.importance import write_importance
 
         write_importance(folder, teacher, selection)
 
@@ -206,9 +206,9 @@ def remap(
     """
     prepare(student, teacher)
     from bkd.cli.anatomy_view import show_remapped
-    from bkd.inspection import lineage_of
-    from bkd.locate import locate
     from bkd.lora.remap import remap_lora
+    from bkd.models.locate import locate
+    from bkd.pruning.inspect import lineage_of
 
     folder = locate(student, revision=revision, weights=False)
     lineage = lineage_of(folder, locate(teacher, weights=False) if teacher else None)

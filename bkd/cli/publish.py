@@ -33,7 +33,7 @@ def card(
     from bkd.card.subject import AuthorSays, subject_of
     from bkd.card.write import write_card
     from bkd.errors import HubError
-    from bkd.run_folder import RunFolder
+    from bkd.runs.folder import RunFolder
 
     if (license_name or license_link) and license != NAMED_ELSEWHERE:
         raise HubError("a name and a link are for --license other", where="--license", got=license, remedy="say so")

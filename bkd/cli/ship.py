@@ -10,7 +10,7 @@ import typer
 from bkd.cli.console import console, prepare
 
 if TYPE_CHECKING:
-    from bkd.guidance import StudentKind
+    from bkd.diffusion.guidance import StudentKind
 
 
 def report(
@@ -52,30 +52,30 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output.")] = False,
 ) -> None:
     """Hand on what a run made: a folder, a single file, or a LoRA file."""
-    from bkd.run_folder import finished_or_student
+    from bkd.runs.folder import finished_or_student
 
     _check_wish(output, kind, dtype, weights)
     finished_or_student(model)  # before imports that take seconds
     prepare()
-    from bkd import export as exports
     from bkd.card.carry import carry_card
-    from bkd.guidance import StudentKind
-    from bkd.models import DTYPES
-    from bkd.run_folder import RunFolder
+    from bkd.diffusion.guidance import StudentKind
+    from bkd.export import forms
+    from bkd.models.load import DTYPES
+    from bkd.runs.folder import RunFolder
 
     console.print("checking, writing and reloading …")
     wanted, options = DTYPES[dtype or "float32"], {"raw": weights == "raw", "overwrite": overwrite}
     if kind == "pipeline":
-        exports.export_pipeline(model, output, wanted, **options)
+        forms.export_pipeline(model, output, wanted, **options)
         card = carry_card(model, output, dtype or "float32") if weights == "ema" else False
         console.print(f"done: {output} is a stock diffusers pipeline folder" + ", with the run's card" * card)
         _show_use(StudentKind.of(output), output / "scheduler")
     elif kind == "single-file":
-        folder = exports.export_single_file(model, output, wanted, **options)
+        folder = forms.export_single_file(model, output, wanted, **options)
         _show_readers(output, folder)
         _show_use(StudentKind.of(folder), folder / "scheduler")
     else:
-        used = exports.export_lora(model, output, **options)
+        used = forms.export_lora(model, output, **options)
         console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(model).recipe().teacher.id}")
         _show_use(used, model / "student" / "scheduler")
 
@@ -97,9 +97,9 @@ def _check_wish(output: Path, kind: str, dtype: str | None, weights: str) -> Non
 
 def _show_readers(file: Path, folder: Path) -> None:
     """What loads a single file, and what does not."""
-    from bkd.model_folder import scheduler_config, unet_config
-    from bkd.other_tools import verdicts
-    from bkd.single_file import pipeline_class
+    from bkd.export.other_tools import verdicts
+    from bkd.models.folder import scheduler_config, unet_config
+    from bkd.models.single_file import pipeline_class
 
     config = unet_config(folder)
     console.print(f"done: {pipeline_class(config).__name__}.from_single_file('{file}', config='{folder}')")

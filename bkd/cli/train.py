@@ -55,7 +55,7 @@ def _show(name: str, recipe: Recipe) -> None:
     prepare()
     from bkd.cli.cost_view import show_plan
     from bkd.recipe.load import dump_recipe
-    from bkd.run import check_inputs
+    from bkd.runs.run import check_inputs
 
     inputs = check_inputs(recipe)
     console.print(dump_recipe(recipe))
@@ -64,7 +64,7 @@ def _show(name: str, recipe: Recipe) -> None:
 
 def _already_done(folder: Path, recipe: Recipe) -> bool:
     """Answered without loading torch, for a finished run; such a one is never forced."""
-    from bkd.run_folder import RunFolder, open_run
+    from bkd.runs.folder import RunFolder, open_run
 
     run = RunFolder(folder)
     finished = run.facts_file.is_file() and run.facts().get("status") == "done" and run.student.exists()
@@ -95,10 +95,10 @@ def _train_in(
 ) -> Path:
     from bkd.cli.cost_view import estimated, show_advice
     from bkd.data.remote import shown
-    from bkd.run import check_forced, check_inputs, run_recipe
-    from bkd.run_folder import RunFolder, open_run
-    from bkd.run_lock import hold_run
-    from bkd.stage import Listener
+    from bkd.runs.folder import RunFolder, open_run
+    from bkd.runs.lock import hold_run
+    from bkd.runs.run import check_forced, check_inputs, run_recipe
+    from bkd.runs.stage import Listener
     from bkd.training.tracking import log_in
 
     if process_place().rank == 0:

@@ -1,0 +1,1 @@
+"""Shards, latents, captions: read safely, checked, filtered, encoded, and served in an order that is computed."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bkd.data.images import DecodedImage, to_model_range
 from bkd.data.latent_shards import Arrays, LatentSettings, may_be_mirrored
-from bkd.model_folder import is_sdxl, model_digest, unet_config
+from bkd.models.folder import is_sdxl, model_digest, unet_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
+from bkd.diffusion.few_steps import few_steps
+from bkd.diffusion.guidance import pipeline_scale
+from bkd.diffusion.scheduler_kinds import require_ode
+from bkd.diffusion.schedulers import chosen_scheduler
 from bkd.errors import ModelError
 from bkd.eval.drawing import Drawing
 from bkd.eval.pictures import with_unet
-from bkd.few_steps import few_steps
-from bkd.guidance import pipeline_scale
-from bkd.locate import locate
-from bkd.model_folder import model_digest, scheduler_config
-from bkd.models import load_pipeline
-from bkd.run_folder import RunFolder, require_finished
-from bkd.scheduler_kinds import require_ode
-from bkd.schedulers import chosen_scheduler
+from bkd.models.folder import model_digest, scheduler_config
+from bkd.models.load import load_pipeline
+from bkd.models.locate import locate
+from bkd.runs.folder import RunFolder, require_finished
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
 
@@ -144,7 +144,7 @@ def load_candidate(
         named: Which.
         dtype: Of all parts.
         device: For all parts.
-        scheduler: One of `bkd.schedulers.CHOICES`, in place of its own.
+        scheduler: One of `bkd.diffusion.schedulers.CHOICES`, in place of its own.
     """
     pipe = load_pipeline(named.folder, dtype=dtype, device=device)
     if scheduler is not None:

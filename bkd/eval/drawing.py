@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from bkd.data.shapes import EMBEDDED
+from bkd.diffusion.few_steps import few_steps, require_steps
+from bkd.diffusion.guidance import nearest_scale, pipeline_scale
+from bkd.diffusion.scheduler_kinds import require_ode
+from bkd.diffusion.terms import SCHEDULERS
 from bkd.errors import DataError, ModelError, one_of
-from bkd.few_steps import few_steps, require_steps
-from bkd.guidance import nearest_scale, pipeline_scale
-from bkd.locate import is_folder, locate
-from bkd.model_folder import scheduler_config
-from bkd.run_folder import run_of_student
-from bkd.scheduler_kinds import require_ode
-from bkd.terms import SCHEDULERS
+from bkd.models.folder import scheduler_config
+from bkd.models.locate import is_folder, locate
+from bkd.runs.folder import run_of_student
 
 RNGS = ("per-image", "bksdm")
 EMBEDDED_DRAWING = (20, 3.0)
@@ -35,7 +35,7 @@ class Drawing:
         rng: `per-image`: image i has a generator of its own, on the CPU, seeded by (seed, i). `bksdm`: one generator
             on the device for all images, one after the other, as BK-SDM's published figures were made; image i's noise
             is the i-th that it gives, and other devices give other images.
-        scheduler: One of `bkd.terms.SCHEDULERS`; a model's own when not given.
+        scheduler: One of `bkd.diffusion.terms.SCHEDULERS`; a model's own when not given.
     """
 
     num_inference_steps: int

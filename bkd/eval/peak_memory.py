@@ -51,7 +51,7 @@ def measure_peak(
 
 def _measure(job: Mapping[str, Any]) -> dict[str, int]:
     from bkd.eval.speed import Case, SpeedWish, call_of
-    from bkd.models import DTYPES, load_pipeline
+    from bkd.models.load import DTYPES, load_pipeline
 
     device, case = torch.device(job["device"]), Case(**job["case"])
     torch.set_num_threads(job["threads"])

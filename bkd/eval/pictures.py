@@ -12,12 +12,12 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from bkd.diffusion.guidance import StudentKind
+from bkd.diffusion.schedulers import scheduler_of
 from bkd.eval.generate import generate
 from bkd.eval.sheet import GAP, Sheet
-from bkd.guidance import StudentKind
-from bkd.models import autocast
+from bkd.models.load import autocast
 from bkd.recipe.schema import Samples
-from bkd.schedulers import scheduler_of
 
 MIN_TILE = 128
 """Small images are enlarged, by whole factors and without smoothing, to at least this side."""

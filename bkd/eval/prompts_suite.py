@@ -20,8 +20,8 @@ from bkd.eval.inception import WHERE, Inception, inception_digest, load_inceptio
 from bkd.eval.reference import Reference, find_reference, reference_digest
 from bkd.eval.statistics import mean_of
 from bkd.eval.suites import or_skipped, skipped
-from bkd.model_folder import native_resolution
-from bkd.models import best_device
+from bkd.models.folder import native_resolution
+from bkd.models.load import best_device
 from bkd.progress import Phase
 
 NO_REFERENCE = "no reference images or statistics: --reference"

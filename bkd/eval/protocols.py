@@ -12,7 +12,7 @@ from bkd.eval.images import Saving
 from bkd.eval.prompts_suite import PromptsSuite
 from bkd.eval.shapes_suite import ShapesSuite
 from bkd.eval.suites import Suite
-from bkd.run_folder import SUITES
+from bkd.runs.folder import SUITES
 
 BKSDM_SEED, BKSDM_SIDE = 1234, 256
 BKSDM_DRAWING = (25, 7.5)

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from bkd import __version__
-from bkd.cost import unet_cost
+from bkd.diffusion.few_steps import few_steps
+from bkd.diffusion.guidance import passes_a_step
 from bkd.environment import PACKAGES, installed_version, process_place
 from bkd.errors import OutputError
 from bkd.eval.candidates import Named, load_candidate, name_candidates
@@ -23,13 +24,12 @@ from bkd.eval.generate import block_size, draw
 from bkd.eval.images import IMAGE_FOLDER, ImageFolder
 from bkd.eval.pictures import save_side_by_side
 from bkd.eval.suites import Suite
-from bkd.few_steps import few_steps
 from bkd.files import replace_file, require_writable, write_atomically
-from bkd.guidance import passes_a_step
-from bkd.model_folder import native_resolution, prompt_length, scheduler_config, unet_config
-from bkd.models import describe_device
+from bkd.models.folder import native_resolution, prompt_length, scheduler_config, unet_config
+from bkd.models.load import describe_device
 from bkd.progress import Phase, Progress
-from bkd.run_folder import SUITES, RunFolder
+from bkd.runs.folder import SUITES, RunFolder
+from bkd.surgery.cost import unet_cost
 from bkd.surgery.plan import load_plan
 from bkd.training.parallel import Parallel, start_parallel
 

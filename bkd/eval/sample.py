@@ -7,12 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from bkd.diffusion.schedulers import chosen_scheduler
 from bkd.eval.drawing import Drawing, require_drawable
 from bkd.eval.generate import generate
-from bkd.locate import locate
-from bkd.models import best_device, load_pipeline
+from bkd.models.load import best_device, load_pipeline
+from bkd.models.locate import locate
 from bkd.output_folder import require_free
-from bkd.schedulers import chosen_scheduler
 
 
 def sample_to_folder(

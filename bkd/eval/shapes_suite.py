@@ -17,7 +17,7 @@ from bkd.eval.images import ImageFolder, Saving
 from bkd.eval.shapes_features import NAME, load_shapes_features, shapes_features
 from bkd.eval.statistics import mcnemar_p, proportion
 from bkd.eval.suites import or_skipped
-from bkd.model_folder import native_resolution
+from bkd.models.folder import native_resolution
 from bkd.progress import Phase
 
 NUM_REFERENCE = 5000

@@ -14,16 +14,16 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from bkd import __version__
-from bkd.cost import unet_cost
+from bkd.diffusion.few_steps import steps_of
+from bkd.diffusion.guidance import nearest_scale, passes_a_step, pipeline_scale
 from bkd.environment import PACKAGES, installed_version
 from bkd.errors import ModelError, one_of
 from bkd.eval.candidates import Named, load_candidate
 from bkd.eval.peak_memory import measure_peak
-from bkd.few_steps import steps_of
-from bkd.guidance import nearest_scale, passes_a_step, pipeline_scale
-from bkd.model_folder import parts_of, prompt_length, unet_config, weight_files
-from bkd.models import describe_device, dtype_named, release_memory
+from bkd.models.folder import parts_of, prompt_length, unet_config, weight_files
+from bkd.models.load import describe_device, dtype_named, release_memory
 from bkd.progress import Phase, Progress
+from bkd.surgery.cost import unet_cost
 from bkd.surgery.probe import as_arguments, unet_inputs
 
 PARTS = ("unet", "step", "pipeline")

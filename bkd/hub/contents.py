@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER, SHOWN
 from bkd.card.privacy import public_plan
 from bkd.files import file_digest
-from bkd.model_folder import parts_of, read_json
+from bkd.models.folder import parts_of, read_json
 from bkd.surgery.plan import PLAN_FILE
 
 PART_FILES = (

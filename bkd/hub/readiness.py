@@ -7,10 +7,10 @@ from pathlib import Path
 from bkd.card.files import CARD_FILE, DIGEST_KEY
 from bkd.card.head import read_head
 from bkd.errors import HubError
-from bkd.locate import locate
-from bkd.measuring import eval_command, quoted
-from bkd.model_folder import check_pipeline_folder, model_digest
-from bkd.run_folder import RunFolder, require_finished, run_of_student
+from bkd.models.folder import check_pipeline_folder, model_digest
+from bkd.models.locate import locate
+from bkd.runs.folder import RunFolder, require_finished, run_of_student
+from bkd.runs.measuring import eval_command, quoted
 
 
 def student_and_home(path: Path) -> tuple[Path, Path]:

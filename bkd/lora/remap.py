@@ -20,7 +20,7 @@ from bkd.errors import ModelError, OutputError
 from bkd.files import replace_file
 from bkd.lora.adapter_file import ADAPTER_FILE
 from bkd.lora.adapters import of_one_rank
-from bkd.model_folder import unet_config
+from bkd.models.folder import unet_config
 from bkd.output_folder import require_new_file
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import Lineage

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bkd.data.latent_set import CachedBatch, Captions
-from bkd.diffusion import NoiseSchedule
+from bkd.diffusion.noise_schedule import NoiseSchedule
 from bkd.losses import LossTerms
 from bkd.methods.captions import CaptionEncoder, Conditioning
 from bkd.rng import StepRng

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bkd.data.latent_set import Captions
-from bkd.model_folder import is_sdxl
+from bkd.models.folder import is_sdxl
 from bkd.surgery.probe import TIME_IDS
 
 

@@ -16,8 +16,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from bkd.data.latent_set import CachedBatch, Captions
-from bkd.guidance import OnePassGuidance
-from bkd.halving import Crossing, DoubleSteps, crossing
+from bkd.diffusion.guidance import OnePassGuidance
+from bkd.diffusion.halving import Crossing, DoubleSteps, crossing
 from bkd.losses import LossTerms, output_kd_loss
 from bkd.methods.base import Diffusion, dtype_of, map_tensors, predict, teaching
 from bkd.methods.guided import embed_guidance_scale

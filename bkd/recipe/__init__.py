@@ -1,0 +1,1 @@
+"""Recipes: their vocabulary, and the one place where text becomes settings."""

@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Tag
 
-from bkd.few_steps import FewSteps
+from bkd.diffusion.few_steps import FewSteps
+from bkd.diffusion.terms import Direction, PredictionType, Sampler
 from bkd.recipe.lora import FORBID_UNKNOWN, Lora
 from bkd.surgery.plan import Sites
-from bkd.terms import Direction, PredictionType, Sampler
 
 WHOLE = "none"
 """The preset that removes nothing."""

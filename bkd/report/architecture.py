@@ -7,17 +7,17 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from bkd.cost import unet_cost
+from bkd.diffusion.guidance import StudentKind, nearest_scale, passes_a_step
 from bkd.errors import BkdError
 from bkd.eval.shown import NONE, TIMES
-from bkd.guidance import StudentKind, nearest_scale, passes_a_step
-from bkd.locate import locate
-from bkd.model_folder import prompt_length, unet_config
+from bkd.models.folder import prompt_length, unet_config
+from bkd.models.locate import locate
 from bkd.recipe.schema import Recipe
-from bkd.run_folder import RunFolder
+from bkd.runs.folder import RunFolder
 from bkd.surgery.anatomy import read_anatomy
 from bkd.surgery.canvas import Canvas
 from bkd.surgery.compatibility import compatibility_notes
+from bkd.surgery.cost import unet_cost
 from bkd.surgery.diagram import diagram
 from bkd.surgery.options import complete
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan, load_plans

@@ -10,7 +10,7 @@ from pathlib import Path
 from bkd.eval.sheet import Sheet, read_picture, read_sheet
 from bkd.report.embedded import LOSSLESS_SIDE, Embedded
 from bkd.report.words import every
-from bkd.run_folder import RunFolder
+from bkd.runs.folder import RunFolder
 
 MAX_FRAMES = 24
 """Of a slider; of more pictures every so many are taken, the last always."""

@@ -19,7 +19,7 @@ from bkd.eval.shown import (
     share,
 )
 from bkd.eval.tables import Table, attributes_table, prompts_table, shapes_table, skipped
-from bkd.model_folder import read_json
+from bkd.models.folder import read_json
 from bkd.report.rows import Row, RowChart, row_chart
 
 Report = Mapping[str, Any]

@@ -10,7 +10,6 @@ from typing import Any
 from bkd.errors import OutputError
 from bkd.eval.sheet import read_sheet
 from bkd.eval.shown import MINUS, SUITE_TITLES, calls_of, large
-from bkd.measuring import eval_command, speed_command
 from bkd.report.architecture import Architecture, architecture
 from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
@@ -18,7 +17,8 @@ from bkd.report.gallery import Gallery, Shot, evaluation_gallery, sample_gallery
 from bkd.report.measurements import Measurement, Report, headline, measurements, read_evaluation
 from bkd.report.speed_view import SpeedReport, SpeedView, read_speed, view_speed
 from bkd.report.training import Training, read_training, site_charts, term_charts
-from bkd.run_folder import RunFolder, seconds_key
+from bkd.runs.folder import RunFolder, seconds_key
+from bkd.runs.measuring import eval_command, speed_command
 from bkd.surgery.plan import PLAN_FILE, load_plan
 
 SMALL_CHANGE = 0.005

@@ -8,10 +8,10 @@ from typing import Any
 
 from bkd.errors import OutputError
 from bkd.eval.shown import TIMES, device_and_versions, short, speed_conditions
-from bkd.measuring import speed_command
-from bkd.model_folder import read_json
+from bkd.models.folder import read_json
 from bkd.report.rows import Row, RowChart, row_chart
-from bkd.run_folder import RunFolder
+from bkd.runs.folder import RunFolder
+from bkd.runs.measuring import speed_command
 
 SpeedReport = Mapping[str, Any]
 """As `bench_speed` returned it."""

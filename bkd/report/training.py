@@ -8,7 +8,7 @@ from typing import Any
 
 from bkd.errors import OutputError
 from bkd.report.curves import Chart, Series, chart
-from bkd.run_folder import RunFolder
+from bkd.runs.folder import RunFolder
 from bkd.training.tracking import read_metrics
 
 LINEAR = ("lr",)

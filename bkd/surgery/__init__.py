@@ -1,0 +1,1 @@
+"""Removing parts of a UNet: their names, what a stock configuration can express, the plan from teacher to student."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from bkd.cost import FlopCounts, UNetCost, count_flops, macs_by_module
 from bkd.errors import SurgeryError
 from bkd.surgery.anatomy import Anatomy, read_anatomy
 from bkd.surgery.build import build_empty
+from bkd.surgery.cost import FlopCounts, UNetCost, count_flops, macs_by_module
 from bkd.surgery.unet import plan_removal
 from bkd.surgery.units import Unit, modules_of
 

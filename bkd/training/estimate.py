@@ -16,14 +16,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bkd.environment import shards_networks
 from bkd.hooks import FeatureTap
-from bkd.live_bytes import as_fake
 from bkd.lora.adapters import add_adapters, trained_tensors
-from bkd.models import autocast, training_dtype
+from bkd.models.load import autocast, training_dtype
 from bkd.recipe.schema import Train
 from bkd.recipe.stages import Finetune, Stage
 from bkd.surgery.build import build_empty
 from bkd.surgery.plan import RemovalPlan
 from bkd.surgery.probe import as_arguments, unet_inputs
+from bkd.training.live_bytes import as_fake
 
 MOMENT_BYTES = {"sgd": 0, "adamw": 8, "adamw-8bit": 2}
 """Of the optimizer's state, for each trained parameter."""

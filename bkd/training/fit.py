@@ -16,7 +16,7 @@ from bkd.data.order import other_places, share
 from bkd.errors import DataError, TrainingError
 from bkd.losses import LossTerms
 from bkd.methods.base import Method, map_tensors
-from bkd.models import autocast, training_dtype
+from bkd.models.load import autocast, training_dtype
 from bkd.recipe.schema import Train
 from bkd.rng import StepRng, pass_seed
 from bkd.training.average import Average

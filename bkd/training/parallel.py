@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bkd.environment import Place, process_place, shards_networks
-from bkd.models import best_device
+from bkd.models.load import best_device
 
 T = TypeVar("T")
 Kind = Literal["alone", "ddp", "fsdp2"]
