@@ -129,7 +129,7 @@ def _split(right):
     }
 
 
-def add_speed(run, names=("teacher", "student"), *, few=None, device="cpu, 2 threads"):
+def add_speed(run, names=("teacher", "student"), *, few=None, digests=None, device="cpu, 2 threads"):
     """Times and memory of one kind of call; one model may draw in fewer steps."""
     models = [
         {
@@ -148,7 +148,8 @@ def add_speed(run, names=("teacher", "student"), *, few=None, device="cpu, 2 thr
         for number, name in enumerate(names)
     ]
     settings = {"rounds": 2, "parts": ["unet", "pipeline"], "num_inference_steps": 20, "guidance_scale": 3.0}
-    report = {"device": device, "versions": VERSIONS, "settings": settings, "models": models}
+    known = dict(zip(names, digests or names, strict=True))
+    report = {"device": device, "versions": VERSIONS, "settings": settings, "digests": known, "models": models}
     write_atomically(run.speed_file, json.dumps(report))
 
 

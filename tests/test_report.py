@@ -231,6 +231,17 @@ def test_figures_against_another_teacher_are_a_table_of_their_own(full, tmp_path
     assert page[: page.index('<details class="run">')].count("<article") == 2
 
 
+def test_students_of_one_name_are_told_apart(full, tmp_path):
+    other = make_run(tmp_path / "other")
+    add_evaluation(other, ("teacher", "full"), digests=("teacher", "other weights"), correct=(40, 20))
+    add_speed(other, ("teacher", "full"), digests=("teacher", "other weights"))
+    head = page_of(full, other)
+    head = head[: head.index('<details class="run">')]
+    rows = re.findall(r'<th scope="row">(.*?)</th>', head)
+    assert rows[3:7] == ["teacher", "full untrained", "full", "full of other"]
+    assert "full of other 0.1 s" in words(head)
+
+
 @pytest.mark.parametrize("other", [{"device": "NVIDIA H200"}, {"dtype": "float16"}])
 def test_figures_of_other_devices_or_dtypes_are_tables_of_their_own(full, tmp_path, other):
     run = make_run(tmp_path / "other")

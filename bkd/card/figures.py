@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bkd.card.tables import Markdown, table
 from bkd.eval.shown import NONE, device_and_versions, speed_conditions
 from bkd.report.architecture import Architecture
-from bkd.report.speed_view import SpeedReport
+from bkd.report.reports import Report
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _costs(known: Architecture) -> Iterator[tuple[str, str, str, str]]:
         yield title, f"{before:,}" if before else NONE, f"{after:,}" if after else NONE, change
 
 
-def speed_table(report: SpeedReport) -> SpeedTable:
+def speed_table(report: Report) -> SpeedTable:
     """Of a report of `bench_speed`; the speed-up is against its first model."""
     rows = [
         (

@@ -15,8 +15,9 @@ from bkd.models.folder import model_digest
 from bkd.models.locate import HUB_ID, hub_commit, locate
 from bkd.recipe.schema import Recipe
 from bkd.report.architecture import Architecture, architecture
-from bkd.report.measurements import Report, read_evaluation
-from bkd.report.speed_view import SpeedReport, read_speed
+from bkd.report.measurements import read_evaluation
+from bkd.report.reports import Report
+from bkd.report.speed_view import read_speed
 from bkd.runs.folder import RunFolder, require_finished, run_of_student
 from bkd.runs.measuring import WORLD, eval_command, speed_command
 
@@ -60,7 +61,7 @@ class Subject:
     digest: str
     built: Architecture
     evaluations: tuple[Report, ...]
-    speed: SpeedReport | None
+    speed: Report | None
     said: AuthorSays
     license: License
     license_of_teacher: bool
@@ -162,12 +163,12 @@ def _teacher_of(recipe: Recipe) -> Path | None:
 
 def _evaluation(run: RunFolder, path: Path, digest: str) -> Report:
     """A report whose last model is the student as it is now."""
-    report = read_evaluation(path)
+    report = read_evaluation(run, path)
     _require_same_weights(path, report, digest, f"{eval_command(run, path.stem)} --overwrite")
     return report
 
 
-def _speed(run: RunFolder, digest: str) -> SpeedReport | None:
+def _speed(run: RunFolder, digest: str) -> Report | None:
     """The same of a measurement of speed."""
     if (report := read_speed(run)) is not None:
         _require_same_weights(run.speed_file, report, digest, f"{speed_command(run)} --overwrite")

@@ -12,6 +12,7 @@ from bkd.cli.console import console, counted
 
 if TYPE_CHECKING:
     from bkd.hub.contents import RepoFile
+    from bkd.hub.push import Pushed
 
 NAMED = 8
 """Names of files that are listed one by one."""
@@ -62,24 +63,26 @@ def push(
     The token is the Hub's own: `hf auth login`, or HF_TOKEN.
     """
     from bkd.hub.contents import left_behind, repo_files
-    from bkd.hub.push import Push, Target, find_token
+    from bkd.hub.push import Push, Target
     from bkd.hub.readiness import shortcomings, student_and_home
 
     target = Target(repo, private, revision, pr)
     student, home = student_and_home(model)
-    if not dry_run:
-        find_token()
+    upload = None if dry_run else Push(target, console.print)  # it lacks a token before anything is read
     lacking = shortcomings(student, home)
     if lacking and not (force or dry_run):
         raise lacking[0]
     files = repo_files(student, home, repo)
-    _show(files, left_behind(student, files))
+    _show_files(files, left_behind(student, files))
     for shortcoming in lacking:
         console.print(f"note: {shortcoming}")
-    if dry_run:
+    if upload is None:
         console.print(f"nothing was sent; without --dry-run it goes to {repo}")
-        return
-    pushed = Push(target, files, message or f"Upload {home.resolve().name} with bkd", console.print).run()
+    else:
+        _show_pushed(upload.run(files, message or f"Upload {home.resolve().name} with bkd"))
+
+
+def _show_pushed(pushed: Pushed) -> None:
     if pushed.removed:
         console.print(f"removed, of an earlier student: {', '.join(pushed.removed)}")
     console.print(
@@ -88,7 +91,7 @@ def push(
     console.print(f"done: {pushed.url}")
 
 
-def _show(files: list[RepoFile], left: list[str]) -> None:
+def _show_files(files: list[RepoFile], left: list[str]) -> None:
     """What goes up, the largest first, and what does not."""
     for file in sorted(files, key=lambda file: -file.size)[:NAMED]:
         console.print(f"  {file.size / 2**20:10,.2f} MiB  {file.name}")

@@ -57,27 +57,41 @@ def export(
     _check_wish(output, kind, dtype, weights)
     finished_or_student(model)  # before imports that take seconds
     prepare()
+    console.print("checking, writing and reloading …")
+    export_as = {"pipeline": _export_pipeline, "single-file": _export_single_file, "lora": _export_lora}[kind]
+    export_as(model, output, dtype or "float32", raw=weights == "raw", overwrite=overwrite)
+
+
+def _export_pipeline(model: Path, output: Path, dtype: str, *, raw: bool, overwrite: bool) -> None:
     from bkd.card.carry import carry_card
     from bkd.diffusion.guidance import StudentKind
-    from bkd.export import forms
+    from bkd.export.forms import export_pipeline
     from bkd.models.load import DTYPES
+
+    export_pipeline(model, output, DTYPES[dtype], raw=raw, overwrite=overwrite)
+    card = not raw and carry_card(model, output, dtype)
+    console.print(f"done: {output} is a stock diffusers pipeline folder" + ", with the run's card" * card)
+    _show_use(StudentKind.of(output), output / "scheduler")
+
+
+def _export_single_file(model: Path, output: Path, dtype: str, *, raw: bool, overwrite: bool) -> None:
+    from bkd.diffusion.guidance import StudentKind
+    from bkd.export.forms import export_single_file
+    from bkd.models.load import DTYPES
+
+    folder = export_single_file(model, output, DTYPES[dtype], raw=raw, overwrite=overwrite)
+    _show_readers(output, folder)
+    _show_use(StudentKind.of(folder), folder / "scheduler")
+
+
+def _export_lora(model: Path, output: Path, dtype: str, *, raw: bool, overwrite: bool) -> None:
+    """In float32, as adapters are trained."""
+    from bkd.export.forms import export_lora
     from bkd.runs.folder import RunFolder
 
-    console.print("checking, writing and reloading …")
-    wanted, options = DTYPES[dtype or "float32"], {"raw": weights == "raw", "overwrite": overwrite}
-    if kind == "pipeline":
-        forms.export_pipeline(model, output, wanted, **options)
-        card = carry_card(model, output, dtype or "float32") if weights == "ema" else False
-        console.print(f"done: {output} is a stock diffusers pipeline folder" + ", with the run's card" * card)
-        _show_use(StudentKind.of(output), output / "scheduler")
-    elif kind == "single-file":
-        folder = forms.export_single_file(model, output, wanted, **options)
-        _show_readers(output, folder)
-        _show_use(StudentKind.of(folder), folder / "scheduler")
-    else:
-        used = forms.export_lora(model, output, **options)
-        console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(model).recipe().teacher.id}")
-        _show_use(used, model / "student" / "scheduler")
+    used = export_lora(model, output, raw=raw, overwrite=overwrite)
+    console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(model).recipe().teacher.id}")
+    _show_use(used, model / "student" / "scheduler")
 
 
 def _check_wish(output: Path, kind: str, dtype: str | None, weights: str) -> None:

@@ -99,20 +99,25 @@ class Push:
 
     Args:
         target: Where to.
-        files: What the repository is to hold.
-        message: Of the commit.
         phase: Told what begins.
+
+    Raises:
+        HubError: If there is no token, or the Hub is switched off.
     """
 
-    def __init__(self, target: Target, files: Sequence[RepoFile], message: str, phase: Phase) -> None:
+    def __init__(self, target: Target, phase: Phase) -> None:
         from huggingface_hub import HfApi
 
-        self._target, self._files, self._message, self._phase = target, files, message, phase
+        self._target, self._phase = target, phase
         self._token = find_token()
         self._api: HfApi = HfApi(token=self._token, library_name="bkd", library_version=__version__)
 
-    def run(self) -> Pushed:
+    def run(self, files: Sequence[RepoFile], message: str) -> Pushed:
         """Make the repository where it is missing, and one commit with what differs from it.
+
+        Args:
+            files: What the repository is to hold.
+            message: Of the commit.
 
         Raises:
             HubError: If the Hub refuses, the connection breaks, or somebody else writes to the repository. Nothing of
@@ -128,7 +133,7 @@ class Push:
                 "making the branch",
                 lambda: self._api.create_branch(target.repo, branch=str(target.revision), exist_ok=True),
             )
-        return self._commit()
+        return self._commit(files, message)
 
     def _require_write_access(self) -> None:
         who = self._api.whoami()
@@ -161,20 +166,20 @@ class Push:
             )
         self._api.create_repo(target.repo, private=target.private, exist_ok=True)
 
-    def _commit(self) -> Pushed:
+    def _commit(self, files: Sequence[RepoFile], message: str) -> Pushed:
         """Send what differs until the Hub has it, and never twice."""
         sent, first = _Difference((), ()), None
         for attempt in range(TRIES):
             head, there = self._ask("reading what is there", self._head)
-            found = differences(self._files, there)
+            found = differences(files, there)
             if not found:  # also when an earlier attempt arrived, and its answer did not
                 url = f"{self._api.endpoint}/{self._target.repo}/tree/{self._target.revision or 'main'}"
-                return self._pushed(url, sent)
+                return _pushed(url, files, sent)
             if first not in (None, head):
                 raise changed_meanwhile(self._target.repo, "another commit since this push began")
             sent, first = found, head
             try:
-                return self._pushed(self._send(found, head), found)
+                return _pushed(self._send(found, message, head), files, found)
             except Exception as error:  # the client raises a dozen kinds
                 if is_local(error):
                     raise
@@ -183,7 +188,7 @@ class Push:
                 self._wait(attempt, error)
         raise AssertionError("the last attempt returns or raises")
 
-    def _send(self, found: _Difference, head: str) -> str:
+    def _send(self, found: _Difference, message: str, head: str) -> str:
         """One commit on top of another; where to see it."""
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
@@ -196,16 +201,12 @@ class Push:
         made = self._api.create_commit(
             self._target.repo,
             operations,
-            commit_message=self._message,
+            commit_message=message,
             revision=self._target.revision,
             create_pr=self._target.pull_request,
             parent_commit=head,
         )
         return str(made.pr_url if self._target.pull_request else made.commit_url)
-
-    def _pushed(self, url: str, sent: _Difference) -> Pushed:
-        names = tuple(file.name for file in sent.changed)
-        return Pushed(url, names, sent.removed, len(self._files) - len(names))
 
     def _head(self) -> tuple[str, dict[str, str]]:
         """The newest commit, and for each of its files how it is known: SHA-256, or git's number of a small one."""
@@ -267,6 +268,11 @@ class _Difference:
 
     def __bool__(self) -> bool:
         return bool(self.changed or self.removed)
+
+
+def _pushed(url: str, files: Sequence[RepoFile], sent: _Difference) -> Pushed:
+    names = tuple(file.name for file in sent.changed)
+    return Pushed(url, names, sent.removed, len(files) - len(names))
 
 
 def differences(files: Sequence[RepoFile], there: Mapping[str, str]) -> _Difference:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bkd.eval.shown import NONE, SUITE_TITLES, large
 from bkd.eval.tables import Table
@@ -13,8 +12,9 @@ from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import Gallery, Shot, strip
 from bkd.report.measurements import Measurement, measurements
+from bkd.report.reports import merged
 from bkd.report.run_view import Files, RunView
-from bkd.report.speed_view import SpeedReport, SpeedView, view_speed
+from bkd.report.speed_view import SpeedView, view_speed
 from bkd.report.training import overlaid
 
 
@@ -43,9 +43,9 @@ def compare(views: Sequence[RunView], embedded: Embedded) -> Comparison:
     return Comparison(
         costs=_costs(views),
         gallery=_gallery(files, embedded),
-        measurements=measurements([report for each in files for report in each.evaluations.values()]),
+        measurements=measurements(merged((each.label, found) for each in files for found in each.evaluations.values())),
         terms=overlaid([each.training for each in files]),
-        speed=tuple(view_speed(report) for report in _speeds(files)),
+        speed=tuple(map(view_speed, merged((each.label, each.speed) for each in files if each.speed))),
     )
 
 
@@ -90,22 +90,3 @@ def _gallery(files: Sequence[Files], embedded: Embedded) -> Gallery | None:
             return found
     last: list[tuple[str, Shot]] = [(each.label, each.samples[-1]) for each in files if each.samples]
     return strip(last, embedded) if last else None
-
-
-def _speeds(files: Sequence[Files]) -> list[SpeedReport]:
-    """Measurements of speed; those of the same conditions and the same first model as one, that model once."""
-    merged: list[dict[str, Any]] = []
-    for report in (each.speed for each in files if each.speed):
-        same = next((known for known in merged if _alike(known) == _alike(report)), None)
-        if same is None:
-            merged.append(dict(report))
-        else:
-            names = {model["name"] for model in same["models"]}
-            same["models"] = [*same["models"], *(model for model in report["models"] if model["name"] not in names)]
-    return list(merged)
-
-
-def _alike(report: SpeedReport) -> list[Any]:
-    first = report["models"][0]
-    sizes = [first.get(key) for key in ("name", "unet_parameters", "unet_bytes")]
-    return [report["device"], report["versions"], report["settings"], sizes]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bkd.errors import OutputError
 from bkd.eval.shown import (
     METRIC_TITLES,
     SPLIT_TITLES,
@@ -19,10 +17,11 @@ from bkd.eval.shown import (
     share,
 )
 from bkd.eval.tables import Table, attributes_table, prompts_table, shapes_table, skipped
-from bkd.models.folder import read_json
+from bkd.report.reports import Report, read_report
 from bkd.report.rows import Row, RowChart, row_chart
+from bkd.runs.folder import RunFolder
+from bkd.runs.measuring import eval_command
 
-Report = Mapping[str, Any]
 SHAPES_NOTE = (
     "95 % Wilson intervals; p: exact McNemar test against the first model; shapes-FID: distance from renders by the "
     "embedded features, with its 95 % interval and what of it so few images cause."
@@ -62,45 +61,25 @@ class Headline:
     teacher: str
 
 
-def read_evaluation(path: Path) -> Report:
-    """What an evaluation wrote.
+def read_evaluation(run: RunFolder, path: Path) -> Report:
+    """What an evaluation of a run wrote.
 
     Raises:
         OutputError: If another version, or something else, wrote it.
     """
-    found = read_json(path)
-    try:
-        tuple(_measurements(found))
-        if "num_inference_steps" not in found["models"][0]:
-            raise LookupError("num_inference_steps")
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise OutputError(
-            "this measurement is of another version",
-            where=path,
-            got=f"{type(error).__name__}: {error}",
-            remedy=f"bkd eval {path.parent.parent} --overwrite",
-        ) from None
-    return found
+    remedy = f"{eval_command(run, path.stem)} --overwrite"
+    return read_report(path, _require_complete, otherwise="this measurement is of another version", remedy=remedy)
 
 
-def measurements(reports: Sequence[Report]) -> tuple[Measurement, ...]:
-    """Of all reports; those of the same conditions and the same first model together, that one once."""
-    merged: list[dict[str, Any]] = []
-    for report in reports:
-        same = next((known for known in merged if _comparable(known) == _comparable(report)), None)
-        if same is None:
-            merged.append(dict(report))
-            continue
-        known = set(same["digests"].values())
-        fresh = [row for row in report["models"] if report["digests"].get(row["name"]) not in known]
-        same["models"] = [*same["models"], *fresh]
-        same["digests"] = {**same["digests"], **report["digests"]}
-    return tuple(measurement for report in merged for measurement in _measurements(report))
+def _require_complete(report: Report) -> None:
+    measurements([report])
+    if "num_inference_steps" not in report["models"][0]:
+        raise LookupError("num_inference_steps")
 
 
-def _comparable(report: Report) -> tuple[Any, Any, Any]:
-    """Conditions, device and versions, and the model that the others are compared with."""
-    return report["settings"], report["environment"], report["digests"].get(report["models"][0]["name"])
+def measurements(reports: Iterable[Report]) -> tuple[Measurement, ...]:
+    """Of all reports, one after another."""
+    return tuple(measurement for report in reports for measurement in _measurements(report))
 
 
 def headline(report: Report) -> Headline | None:

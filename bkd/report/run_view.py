@@ -14,8 +14,9 @@ from bkd.report.architecture import Architecture, architecture
 from bkd.report.curves import Chart
 from bkd.report.embedded import Embedded
 from bkd.report.gallery import Gallery, Shot, evaluation_gallery, sample_gallery, sample_shots
-from bkd.report.measurements import Measurement, Report, headline, measurements, read_evaluation
-from bkd.report.speed_view import SpeedReport, SpeedView, read_speed, view_speed
+from bkd.report.measurements import Measurement, headline, measurements, read_evaluation
+from bkd.report.reports import Report
+from bkd.report.speed_view import SpeedView, read_speed, view_speed
 from bkd.report.training import Training, read_training, site_charts, term_charts
 from bkd.runs.folder import RunFolder, seconds_key
 from bkd.runs.measuring import eval_command, speed_command
@@ -75,7 +76,7 @@ class Files:
     stages: tuple[Stage, ...]
     training: Training
     evaluations: dict[str, Report]
-    speed: SpeedReport | None
+    speed: Report | None
     samples: tuple[Shot, ...]
     pictures: dict[str, Shot]
 
@@ -150,7 +151,7 @@ def read_files(path: Path, label: str, frames: int) -> Files:
         facts=facts,
         stages=stages,
         training=read_training(run, label, len(stages)),
-        evaluations={file.stem: read_evaluation(file) for file in run.evaluations},
+        evaluations={file.stem: read_evaluation(run, file) for file in run.evaluations},
         speed=read_speed(run),
         samples=sample_shots(run, titles, frames),
         pictures=pictures,

@@ -6,15 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bkd.errors import OutputError
 from bkd.eval.shown import TIMES, device_and_versions, short, speed_conditions
-from bkd.models.folder import read_json
+from bkd.report.reports import Report, read_report
 from bkd.report.rows import Row, RowChart, row_chart
 from bkd.runs.folder import RunFolder
 from bkd.runs.measuring import speed_command
-
-SpeedReport = Mapping[str, Any]
-"""As `bench_speed` returned it."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +26,19 @@ class SpeedView:
     charts: tuple[RowChart, ...]
 
 
-def read_speed(run: RunFolder) -> SpeedReport | None:
+def read_speed(run: RunFolder) -> Report | None:
     """What was measured; None where nothing was.
 
     Raises:
         OutputError: If the file is damaged.
     """
-    path = run.speed_file
-    if not path.is_file():
+    if not run.speed_file.is_file():
         return None
-    found = read_json(path)
-    try:
-        view_speed(found)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise OutputError(
-            "this is no measurement of speed",
-            where=path,
-            got=f"{type(error).__name__}: {error}",
-            remedy=f"{speed_command(run)} --overwrite",
-        ) from None
-    return found
+    remedy = f"{speed_command(run)} --overwrite"
+    return read_report(run.speed_file, view_speed, otherwise="this is no measurement of speed", remedy=remedy)
 
 
-def view_speed(report: SpeedReport) -> SpeedView:
+def view_speed(report: Report) -> SpeedView:
     """Charts of a report of `bench_speed`."""
     models = report["models"]
     cases = list(models[0]["cases"])
