@@ -91,8 +91,9 @@ def bkd_refuses(bkd, tmp_path, monkeypatch):
 
 @pytest.fixture
 def without_reload(monkeypatch):
-    """For tests of other things: pruning without the second process, which takes ten seconds to start."""
-    monkeypatch.setattr("bkd.pruning.prune.check_reload", lambda folder, expected: None)
+    """For tests of other things: pruning and training without the second process, which takes ten seconds to start."""
+    for writer in ("pruning.prune", "models.student_folder"):
+        monkeypatch.setattr(f"bkd.{writer}.check_reload", lambda folder, expected: None)
 
 
 @pytest.fixture(scope="session")

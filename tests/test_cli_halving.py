@@ -175,14 +175,13 @@ def test_a_finished_stage_keeps_its_student_and_no_checkpoints(bkd, train, chain
     assert code == 1 and "seed is 0 there and 7 here" in printed  # and not a new run of students of other seeds
 
 
-def test_only_the_last_stage_may_grow(bkd, train, chain, monkeypatch):
+def test_only_the_last_stage_may_grow(bkd, train, chain, without_reload):
     def asked(*overrides, run=chain):
         return bkd("train", RunFolder(run).recipe_file, *overrides, "-o", run)
 
     assert asked()[1].startswith("already done")
     code, printed = asked("stages.0.train.max_steps=4")
     assert code == 1 and "stage 1: train.max_steps is None there and 4 here" in printed
-    monkeypatch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
     grown = train("grown", halving_recipe(num_inference_steps="[4, 1]"))
     bkd("train", "--help")  # what it printed before is out of the way
     code, printed = asked("stages.1.train.max_steps=3", run=grown)

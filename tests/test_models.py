@@ -120,7 +120,7 @@ def test_an_output_that_cannot_be_made_is_refused(folder, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_overwriting_spares_runs_teachers_and_what_others_put_there(folder, tmp_path):
+def test_overwriting_spares_runs_teachers_and_what_others_put_there(folder, tmp_path, without_reload):
     prune(folder, "model", "mid", tmp_path / "out")
     with pytest.raises(OutputError, match=r"holds an earlier output(.|\n)*--overwrite"):
         prune(folder, "model", "mid", tmp_path / "out")

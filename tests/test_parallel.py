@@ -125,7 +125,7 @@ def test_a_sharded_run_leaves_what_any_run_leaves(shards, cache, tmp_path):
     assert student.num_parameters() == 2_245_380
 
 
-def test_a_run_of_several_stages_is_the_same_on_two_processes(bkd, shards, tmp_path, monkeypatch):
+def test_a_run_of_several_stages_is_the_same_on_two_processes(bkd, shards, tmp_path, without_reload):
     """Every process takes up the student that the first one wrote, as the teacher of the next stage."""
     recipe = tmp_path / "chain.yaml"
     recipe.write_text("""
@@ -139,7 +139,6 @@ stages:
 samples: {num_inference_steps: 2, guidance_scale: 3.0}
 """)
     arguments = ["train", recipe, f"data.shards={shards[0].parent}", "-o"]
-    monkeypatch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
     code, printed = bkd(*arguments, tmp_path / "one")
     assert code == 0, printed
     done = launch("fsdp2", 2, tmp_path, "bkd", *arguments, tmp_path / "two")

@@ -49,8 +49,9 @@ def test_an_sdxl_student_is_distilled(bkd, family_folders, shards, tmp_path):
 
 
 @pytest.mark.parametrize("lora", ["null", "{r: 4}"])
-def test_an_sdxl_students_guidance_is_distilled(bkd, family_folders, shards, tmp_path, monkeypatch, lora):
-    monkeypatch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
+def test_an_sdxl_students_guidance_is_distilled(
+    bkd, family_folders, shards, tmp_path, monkeypatch, without_reload, lora
+):
     overrides = ["train.max_steps=2", "train.batch=4", f"stages.0.lora={lora}", "samples.num_inference_steps=2"]
     data = [f"teacher.id={family_folders['sdxl']}", f"data.shards={shards[1]}"]
     code, printed = bkd("train", "shapes/guided", *data, *overrides, "-o", tmp_path / "run")
