@@ -96,6 +96,9 @@ def torchvision_problem() -> str | None:
     return None
 
 
+TORCHVISION_REMEDY = "install both from one index in one command: pip install --force-reinstall torch torchvision"
+
+
 def require_working_environment() -> None:
     """Stop before a confusing import error.
 
@@ -103,7 +106,4 @@ def require_working_environment() -> None:
         EnvironmentProblem: If torchvision does not match torch.
     """
     if problem := torchvision_problem():
-        raise EnvironmentProblem(
-            problem,
-            remedy="install both from one index in one command: pip install --force-reinstall torch torchvision",
-        )
+        raise EnvironmentProblem(problem, remedy=TORCHVISION_REMEDY)

@@ -238,6 +238,22 @@ def test_doctor_lists_versions(bkd):
     assert code == 0 and "torchvision and torch" in printed and "disk free" in printed
 
 
+def test_doctor_says_what_mends_a_mismatch(bkd, monkeypatch):
+    monkeypatch.setattr("bkd.environment.torchvision_problem", lambda: "torchvision 1 was built for torch 1")
+    code, printed = bkd("doctor")
+    assert code == 1 and "pip install --force-reinstall torch torchvision" in printed
+
+
+@pytest.mark.parametrize("command", [("train", "shapes/sd-small", "-o"), ("export", "-o", "out"), ("eval",)])
+def test_a_run_whose_facts_are_no_facts_is_refused(bkd, tmp_path, command):
+    run = tmp_path / "run"
+    (run / "student").mkdir(parents=True)
+    (run / "run.json").write_text("[1]")
+    (run / "recipe.yaml").write_text("teacher: {id: shapes}")
+    code, printed = bkd(*command, run)
+    assert code == 1 and "run.json cannot be read" in printed and "got: list" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -270,7 +286,7 @@ def test_a_run_folder_with_something_else_is_left_alone(bkd, tmp_path, shards):
 
 def test_overwrite_starts_a_run_again_and_spares_everything_else(bkd, tmp_path, shards):
     from bkd.recipe.load import load_recipe
-    from bkd.runs.folder import open_run
+    from bkd.runs.opening import open_run
 
     run, state = open_run(tmp_path / "run", load_recipe("shapes/sd-small"))
     (run.path / "metrics.jsonl").write_text("{}")
@@ -284,7 +300,7 @@ def test_overwrite_starts_a_run_again_and_spares_everything_else(bkd, tmp_path, 
 def test_overwrite_spares_a_teacher_inside_the_run(tmp_path):
     from bkd.errors import OutputError
     from bkd.recipe.load import load_recipe
-    from bkd.runs.folder import open_run
+    from bkd.runs.opening import open_run
 
     run, _ = open_run(tmp_path, load_recipe("shapes/sd-small"))
     again = load_recipe("shapes/sd-small", [f"teacher.id={run.student}"])
@@ -295,7 +311,7 @@ def test_overwrite_spares_a_teacher_inside_the_run(tmp_path):
 
 def test_a_run_that_never_got_going_does_not_block_its_folder(tmp_path):
     from bkd.recipe.load import load_recipe
-    from bkd.runs.folder import open_run
+    from bkd.runs.opening import open_run
 
     run, _ = open_run(tmp_path, load_recipe("shapes/sd-small"))
     run.record(teacher_digest="of a teacher that was the wrong one")
@@ -306,7 +322,8 @@ def test_a_run_that_never_got_going_does_not_block_its_folder(tmp_path):
 def test_a_student_that_lost_its_weights_is_not_done(finished, tmp_path):
     import shutil
 
-    from bkd.runs.folder import RunFolder, open_run
+    from bkd.runs.folder import RunFolder
+    from bkd.runs.opening import open_run
 
     copy = RunFolder(shutil.copytree(finished, tmp_path / "copy"))
     assert open_run(copy.path, copy.recipe())[1] == "done"
@@ -316,7 +333,7 @@ def test_a_student_that_lost_its_weights_is_not_done(finished, tmp_path):
 
 def test_a_crash_at_the_very_start_does_not_block_the_folder(tmp_path):
     from bkd.recipe.load import dump_recipe, load_recipe
-    from bkd.runs.folder import open_run
+    from bkd.runs.opening import open_run
 
     recipe = load_recipe("shapes/sd-small")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))

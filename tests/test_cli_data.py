@@ -192,6 +192,8 @@ def test_cache_train_and_refusals_of_other_latents(bkd, bkd_refuses, shards, tmp
     code, printed = bkd("data", "cache", shards[0].parent, "--teacher", "shapes", "-o", out)
     assert code == 0 and "96 samples in 2 shards, 32 px, float16" in printed
     assert "96 samples in 2 shards" in bkd("data", "check", out)[1]
+    found = json.loads(bkd("data", "check", out, "--json")[1])
+    assert (found["samples"], found["shards"], found["settings"]["resolution"]) == (96, 2, 32)
     assert "data: 96 samples" in bkd("train", "shapes/sd-small", f"data.shards={out}", "--dry-run")[1]
     train = ["train", "shapes/sd-small", f"data.shards={out}"]
     bkd_refuses([*train, "data.mirror=true"], "mirrored: False")

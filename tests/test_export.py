@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from bkd.errors import ModelError
 from bkd.export.forms import export_lora, export_pipeline, export_single_file
 from bkd.export.other_tools import verdicts
-from bkd.export.source import HandedOn
+from bkd.export.source import Source
 from bkd.models.load import load_unet
 from bkd.models.original_layout import original_tensors, unet_name, unexpressible
 from bkd.models.student_folder import plan_facts
@@ -284,10 +284,10 @@ def test_raw_weights_are_those_of_the_last_checkpoint(averaged, tmp_path, withou
 
 
 def test_raw_adapters_are_handed_on_and_merged(adapted, tmp_path, without_proof):
-    raw = HandedOn.of(adapted, raw=True)
+    raw = Source.of(adapted, raw=True)
     assert all(torch.equal(raw.raw[name], tensor) for name, tensor in last_step(adapted).items())
     stored = load_unet(adapted / "student").state_dict()
-    averages = HandedOn(raw.folder, raw.run, last_step(adapted, "ema")).unet(torch.float32).state_dict()
+    averages = Source(raw.folder, raw.run, last_step(adapted, "ema")).unet(torch.float32).state_dict()
     assert averages.keys() == stored.keys() and all(torch.equal(averages[name], stored[name]) for name in stored)
     export_lora(adapted, tmp_path / "raw.safetensors", raw=True)
     down = {name: tensor for name, tensor in load_file(tmp_path / "raw.safetensors").items() if ".lora_A." in name}

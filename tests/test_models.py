@@ -200,6 +200,12 @@ def test_facts_of_the_embedded_teacher(teacher_folder):
     assert model_digest(teacher_folder) == model_digest(teacher_folder)
 
 
+def test_an_autoencoder_of_another_kind_is_named(folder):
+    (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    with pytest.raises(ModelError, match=r"of another kind(.|\n)*got: AutoencoderTiny"):
+        native_resolution(folder)
+
+
 def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path, without_reload):
     pruning = prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "out")
     written = tmp_path / "out"

@@ -287,3 +287,27 @@ def test_what_is_not_ready(push, hub, student, tmp_path):  # noqa: F811
     assert not hub.repos["model"]
     code, said = push("--force")
     assert code == 0 and "note: " in said and "README.md" not in hub.repos["model"]["ada/small"].files()
+
+
+def test_a_student_that_encodes_needs_no_figures(push, hub, student):  # noqa: F811
+    plan = json.loads((student / "bkd_plan.json").read_text())
+    steps = {"num_inference_steps": 4, "direction": "inversion"}
+    (student / "bkd_plan.json").write_text(json.dumps({**plan, "few_steps": steps}))
+    (student / "README.md").write_text("---\nlicense: mit\n---\nFinds noise.\n")
+    code, said = push()
+    assert code == 0 and "figures" not in said
+
+
+@pytest.mark.parametrize("wish", ["--dry-run", "--force"])
+def test_a_card_that_is_not_utf8_is_named(push, hub, student, wish):  # noqa: F811
+    (student / "README.md").write_bytes("---\nlicense: mit\n---\nF\xfcr alle\n".encode("latin-1"))
+    code, said = push(wish)
+    assert code == 1 and "this model card is not UTF-8" in said and "README.md" in said
+    assert not hub.repos["model"]
+
+
+def test_line_ends_stay(push, hub, student):  # noqa: F811
+    (student / "README.md").write_bytes(CARD.replace("\n", "\r\n").encode())
+    assert push()[0] == 0
+    found = hub.repos["model"]["ada/small"].files()["README.md"]
+    assert found == CARD.replace("\n", "\r\n").replace("NAMESPACE/NAME", "ada/small").encode()

@@ -386,6 +386,7 @@ def test_a_picture_that_does_not_say_where_its_tiles_lie_is_shown_whole(tmp_path
         ("metrics.jsonl", 'x\n{"stage": 0, "step": 1}\n{"stage": 0, "step": 2}\n', "is damaged"),
         ("metrics.jsonl", b"\xff\xfe\x00", "the log of training steps is damaged"),
         ("eval/shapes.json", '{"settings": 3}', "this measurement is of another version"),
+        ("eval/shapes.json", '{"settings": {', r"of another version(.|\n)*try: .*bkd eval .* --overwrite"),
         ("eval/speed/speed.json", '{"models": []}', "this is no measurement of speed"),
         ("samples/00-final.png", b"\x89PNG", "this picture cannot be read"),
         ("student/bkd_plan.json", "{", "this plan file cannot be read"),

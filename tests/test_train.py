@@ -19,7 +19,8 @@ from bkd.errors import DataError, EnvironmentProblem, TrainingError
 from bkd.recipe.load import load_recipe
 from bkd.recipe.schema import Train
 from bkd.recipe.stages import Loss
-from bkd.runs.folder import RunFolder, open_run
+from bkd.runs.folder import RunFolder
+from bkd.runs.opening import open_run
 from bkd.runs.run import _recorded_end
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events

@@ -29,7 +29,7 @@ from bkd.errors import BkdError, RecipeError
 from bkd.methods.base import Method, map_tensors
 from bkd.models.folder import native_resolution, parts_of, read_json, unet_config, vae_factor
 from bkd.models.load import autocast, best_device, describe_device, load_pipeline, training_dtype
-from bkd.models.locate import locate
+from bkd.models.locate import locate_teacher
 from bkd.progress import Phase
 from bkd.recipe.load import dump_recipe, load_recipe
 from bkd.recipe.lora import Lora
@@ -83,8 +83,7 @@ def compare_memory(recipe: Recipe, batches: Sequence[int], *, count: bool, phase
     Raises:
         BkdError: If the teacher, or the recipe's stage, does not fit, or a count is not possible.
     """
-    own = recipe.teacher
-    teacher = locate(own.id, revision=own.revision, config=own.config, weights=not count)
+    teacher = locate_teacher(recipe.teacher, weights=not count)
     stages = memory_stages(recipe.stages[0])
     check_stages(replace(recipe, stages=recipe.stages[:1]), teacher)
     impossible = {name: why for name, stage in stages.items() if (why := _impossible(recipe, stage, teacher))}
@@ -258,7 +257,7 @@ def measure_memory(recipe: Recipe) -> dict[str, Any]:
 
 
 def _measure(recipe: Recipe) -> Mapping[str, Any]:
-    teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
+    teacher = locate_teacher(recipe.teacher)
     planned, pipe = check_stages(recipe, teacher)[0], load_pipeline(teacher)
     train, parallel = planned.train, start_parallel(recipe.train.parallel)
     student, holds_teacher = place_networks(planned, pipe, parallel.device)

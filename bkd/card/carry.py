@@ -28,7 +28,7 @@ def carry_card(run: Path, exported: Path, dtype: str) -> bool:
     card = run / CARD_FILE
     if not is_written_card(card) or not (run / "student").is_dir():
         return False
-    text, before = card.read_text(encoding="utf-8"), model_digest(run / "student")
+    text, before = card.read_text(encoding="utf-8", errors="replace"), model_digest(run / "student")
     if f"{DIGEST_KEY}: {before}" not in text:
         return False
     text = text.replace(f"{DIGEST_KEY}: {before}", f"{DIGEST_KEY}: {model_digest(exported)}")

@@ -46,6 +46,7 @@ NAMES = "the Hub's names, such as creativeml-openrail-m, openrail++ or apache-2.
 ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 NAMED_ELSEWHERE = "other"
 """The Hub's word for a licence that it has none for; the name and the address then stand beside it."""
+OTHER_LICENSE = "--license other --license-name NAME --license-link ADDRESS"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def carried_over(teacher: License | None, asked: License | None, name: str) -> L
             remedy="look it up where the teacher comes from, and give --license ID",
         )
     if asked is not None and not ID.fullmatch(asked.id):
-        raise HubError("not the name of a licence", where="--license", got=asked.id, allowed=NAMES)
+        raise HubError(
+            "not the name of a licence", where="--license", got=asked.id, allowed=NAMES, remedy=OTHER_LICENSE
+        )
     if teacher is not None and asked is not None and teacher.id not in (*PERMISSIVE, asked.id):
         raise HubError(
             "the teacher's licence goes along with what is made of it",
@@ -121,7 +124,7 @@ def carried_over(teacher: License | None, asked: License | None, name: str) -> L
         raise HubError(
             "a licence called 'other' needs its name and where to read it",
             where=name,
-            remedy="--license other --license-name NAME --license-link ADDRESS",
+            remedy=OTHER_LICENSE,
         )
     return found
 

@@ -12,14 +12,14 @@ from bkd.card.privacy import model_name
 from bkd.data.shapes import EMBEDDED
 from bkd.errors import BkdError, HubError
 from bkd.models.folder import model_digest
-from bkd.models.locate import HUB_ID, hub_commit, locate
+from bkd.models.locate import HUB_ID, hub_commit, locate, locate_teacher
 from bkd.recipe.schema import Recipe
 from bkd.report.architecture import Architecture, architecture
 from bkd.report.measurements import read_evaluation
 from bkd.report.reports import Report
 from bkd.report.speed_view import read_speed
 from bkd.runs.folder import RunFolder, require_finished, run_of_student
-from bkd.runs.measuring import WORLD, eval_command, speed_command
+from bkd.runs.measuring import WORLD, again, eval_command, speed_command
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,11 @@ def subject_of(run: RunFolder, said: AuthorSays) -> Subject:
     """
     if said.base_model is not None and not HUB_ID.fullmatch(said.base_model):
         raise HubError(
-            "not the name of a model on the Hub", where="--base-model", got=said.base_model, allowed="OWNER/NAME"
+            "not the name of a model on the Hub",
+            where="--base-model",
+            got=said.base_model,
+            allowed="OWNER/NAME",
+            remedy="look up where the teacher lies on the Hub, or leave it out",
         )
     require_finished(run)
     student, recipe = locate(run.path), run.recipe()
@@ -154,9 +158,8 @@ def license_of(name: str, teacher: Path) -> License | None:
 
 def _teacher_of(recipe: Recipe) -> Path | None:
     """Where it lies; None for one that is gone or cannot be reached: then its author is asked."""
-    own = recipe.teacher
     try:
-        return locate(own.id, revision=own.revision, config=own.config, weights=False)
+        return locate_teacher(recipe.teacher, weights=False)
     except BkdError:
         return None
 
@@ -164,18 +167,18 @@ def _teacher_of(recipe: Recipe) -> Path | None:
 def _evaluation(run: RunFolder, path: Path, digest: str) -> Report:
     """A report whose last model is the student as it is now."""
     report = read_evaluation(run, path)
-    _require_same_weights(path, report, digest, f"{eval_command(run, path.stem)} --overwrite")
+    _require_same_weights(path, report, digest, again(eval_command(run, path.stem)))
     return report
 
 
 def _speed(run: RunFolder, digest: str) -> Report | None:
     """The same of a measurement of speed."""
     if (report := read_speed(run)) is not None:
-        _require_same_weights(run.speed_file, report, digest, f"{speed_command(run)} --overwrite")
+        _require_same_weights(run.speed_file, report, digest, again(speed_command(run)))
     return report
 
 
-def _require_same_weights(path: Path, report: Mapping[str, Any], digest: str, remedy: str) -> None:
+def _require_same_weights(path: Path, report: Mapping[str, Any], digest: str, remedy: str | None) -> None:
     name = report["models"][-1]["name"]
     if (known := report.get("digests", {}).get(name)) != digest:
         raise HubError(

@@ -36,7 +36,7 @@ def usage(folder: Path, samples: Samples) -> Usage:
         samples: Steps, scale and prompt to show.
     """
     kind = StudentKind.of(folder)
-    if kind.few_steps is not None and kind.few_steps.direction == "inversion":
+    if kind.encodes:
         return Usage(None, ())
     prompt = json.dumps(samples.prompts[0] if samples.prompts else FALLBACK_PROMPT, ensure_ascii=False)
     arguments = "".join(f",\n    {name}={value}" for name, value in _call(kind, samples).items())

@@ -115,7 +115,7 @@ def check(
 
     wish = _wish(recipe, caption, where)
     if (latents := check_latents(shards, wish)) is not None:
-        show_latents(latents)
+        show_latents(latents, as_json=as_json)
         return
     sources = find_sources(shards, cache_folder())
     side = resolution or _resolution(recipe)
@@ -205,7 +205,7 @@ def cache(
 
         ensure_latents(caching, load, place=place, overwrite=overwrite, progress=view.update)
     if place.world_size == 1 and (latents := check_latents(str(output), wish)) is not None:
-        show_latents(latents)
+        show_latents(latents, as_json=False)
 
 
 @data.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from bkd.cli.console import console, counted, table
@@ -58,9 +59,13 @@ def _show_fields(report: CheckReport) -> None:
     console.print(f"fields of KEY.json: {others or 'none'}")
 
 
-def show_latents(data: LatentSet) -> None:
-    """A cached data set in a few lines."""
+def show_latents(data: LatentSet, *, as_json: bool) -> None:
+    """A cached data set in a few lines, or for programs."""
     settings = data.description.settings
+    if as_json:
+        counts = {"samples": len(data), "shards": len(data.shards), "left_out": data.left_out, "bad": data.bad}
+        console.print_json(data={**counts, "settings": asdict(settings)}, default=str)
+        return
     console.print(
         f"cached latents: {len(data):,} samples in {counted(len(data.shards), 'shard')}, {settings.resolution} px, "
         f"{settings.dtype}{', mirrored images too' if settings.mirrored else ''}"

@@ -1,4 +1,4 @@
-"""`bkd sample` and `bkd eval`: draw and measure."""
+"""`bkd sample`, `bkd edit`, `bkd eval`: draw, change and measure."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def eval_(
     models: Annotated[
         list[str], typer.Argument(help="Runs, pipeline folders or Hub ids; a run stands for its teacher too.")
     ],
-    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder; default RUN/eval.")] = None,
+    output: Annotated[Optional[Path], typer.Option("-o", "--output", help="Folder; default RUN/eval, or eval.")] = None,
     teacher: Annotated[Optional[str], typer.Option(help="Reference model; a run names its own.")] = None,
     suite: Annotated[str, typer.Option(help="shapes, prompts or coco30k; see docs/evaluation.md.")] = "shapes",
     prompts: Annotated[Optional[Path], typer.Option(help="Text file, one a line, or .csv with a caption.")] = None,

@@ -47,11 +47,14 @@ def _device() -> str:
 
 
 def _fail_doctor(problem: str | None, missing: list[str]) -> None:
+    from bkd.environment import TORCHVISION_REMEDY
     from bkd.errors import EnvironmentProblem
 
-    names = " ".join(missing) or "torch torchvision"
-    text = problem or f"packages are missing: {', '.join(missing)}"
-    raise EnvironmentProblem(text, remedy=f"pip install --upgrade {names}, all from one index")
+    if problem:
+        raise EnvironmentProblem(problem, remedy=TORCHVISION_REMEDY)
+    raise EnvironmentProblem(
+        f"packages are missing: {', '.join(missing)}", remedy=f"pip install {' '.join(missing)}, all from one index"
+    )
 
 
 def inspect(

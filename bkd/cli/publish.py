@@ -30,14 +30,16 @@ def card(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier card.")] = False,
 ) -> None:
     """Write a run's model card: what its student is and can."""
-    from bkd.card.license import NAMED_ELSEWHERE, License
+    from bkd.card.license import NAMED_ELSEWHERE, OTHER_LICENSE, License
     from bkd.card.subject import AuthorSays, subject_of
     from bkd.card.write import write_card
     from bkd.errors import HubError
     from bkd.runs.folder import RunFolder
 
     if (license_name or license_link) and license != NAMED_ELSEWHERE:
-        raise HubError("a name and a link are for --license other", where="--license", got=license, remedy="say so")
+        raise HubError(
+            "a name and a link are for a licence called 'other'", where="--license", got=license, remedy=OTHER_LICENSE
+        )
     own = License(license, license_name, license_link) if license else None
     subject = subject_of(RunFolder(run), AuthorSays(own, base_model, data))
     written = write_card(subject, overwrite=overwrite)

@@ -64,10 +64,11 @@ def _show(name: str, recipe: Recipe) -> None:
 
 def _already_done(folder: Path, recipe: Recipe) -> bool:
     """Answered without loading torch, for a finished run; such a one is never forced."""
-    from bkd.runs.folder import RunFolder, open_run
+    from bkd.runs.folder import RunFolder
+    from bkd.runs.opening import open_run
 
     run = RunFolder(folder)
-    finished = run.facts_file.is_file() and run.facts().get("status") == "done" and run.student.exists()
+    finished = run.facts_file.is_file() and run.is_done and run.student.exists()
     return finished and open_run(folder, recipe)[1] == "done"
 
 
@@ -95,8 +96,9 @@ def _train_in(
 ) -> Path:
     from bkd.cli.cost_view import estimated, show_advice
     from bkd.data.remote import shown
-    from bkd.runs.folder import RunFolder, open_run
+    from bkd.runs.folder import RunFolder
     from bkd.runs.lock import hold_run
+    from bkd.runs.opening import open_run
     from bkd.runs.run import check_forced, check_inputs, run_recipe
     from bkd.runs.stage import Listener
     from bkd.training.tracking import log_in

@@ -1,6 +1,6 @@
 """The index of a shard: where every sample's members lie, their checksums, and the fields that filters ask for.
 
-Arrays, not objects: a sample takes about a hundred bytes, on disk and in memory.
+Arrays, not objects: a sample takes about a hundred bytes in memory, half of it on disk.
 """
 
 from __future__ import annotations

@@ -97,6 +97,11 @@ class StudentKind:
         guided = [] if self.guidance is None else [f"guided in one pass, {told} {self.guidance}"]
         return "; ".join(guided + ([str(self.few_steps)] if self.few_steps else []))
 
+    @property
+    def encodes(self) -> bool:
+        """Whether it finds an image's noise, rather than draws."""
+        return self.few_steps is not None and self.few_steps.direction == "inversion"
+
     @classmethod
     def of(cls, folder: Path) -> StudentKind:
         """What a pipeline folder says of itself."""

@@ -20,7 +20,7 @@ from bkd.eval.drawing import Drawing
 from bkd.eval.pictures import with_unet
 from bkd.models.folder import model_digest, scheduler_config
 from bkd.models.load import load_pipeline
-from bkd.models.locate import locate
+from bkd.models.locate import locate, locate_teacher
 from bkd.runs.folder import RunFolder, require_finished
 from bkd.surgery.build import build_student
 from bkd.surgery.plan import load_plan
@@ -125,13 +125,10 @@ def _labels(models: Sequence[str]) -> list[str]:
 
 
 def _teacher_of(run: RunFolder, teacher: str | None) -> Path:
-    recipe = run.recipe()
-    own = recipe.teacher
-    folder = locate(teacher) if teacher else locate(own.id, revision=own.revision, config=own.config)
+    own = run.recipe().teacher
+    folder = locate(teacher) if teacher else locate_teacher(own)
     if model_digest(folder) != run.facts()["teacher_digest"]:
-        raise ModelError(
-            "this run was distilled from another teacher", where=run.path, got=teacher or recipe.teacher.id
-        )
+        raise ModelError("this run was distilled from another teacher", where=run.path, got=teacher or own.id)
     return folder
 
 

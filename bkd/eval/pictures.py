@@ -95,8 +95,7 @@ class ValidationPictures:
     @property
     def wanted(self) -> bool:
         """Whether there is anything to draw."""
-        few = self._kind.few_steps
-        return bool(self._samples.prompts) and (few is None or few.direction == "generation")
+        return bool(self._samples.prompts) and not self._kind.encodes
 
     def _draw(self, pipe: StableDiffusionPipeline, kind: StudentKind, name: str) -> Tensor:
         asked = self._samples

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bkd.diffusion.guidance import StudentKind
 from bkd.errors import ModelError
-from bkd.export.source import HandedOn, checked_teacher
+from bkd.export.source import Source, checked_teacher
 from bkd.files import proved_file
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import scaled_tensors
@@ -48,7 +48,7 @@ def export_pipeline(
         BkdError: If the run is not finished, the folder is in use, or the written student computes something else when
             it is reloaded in a process without `bkd`; nothing is left behind then.
     """
-    source = HandedOn.of(model, raw=raw)
+    source = Source.of(model, raw=raw)
     check_output(source.folder, output, overwrite=overwrite)
     with unfinished_folder(output) as folder:
         for part in parts_of(source.folder):
@@ -92,7 +92,7 @@ def export_single_file(
             something else from the file; nothing is left behind then.
     """
     require_new_file(output, ".safetensors", overwrite=overwrite)
-    source = HandedOn.of(model, raw=raw)
+    source = Source.of(model, raw=raw)
     require_expressible(source.folder)
     kind = pipeline_class(unet_config(source.folder))
     pipe = kind.from_pretrained(
@@ -124,7 +124,7 @@ def export_lora(model: Path, output: Path, *, raw: bool = False, overwrite: bool
             computes something else; nothing is left behind then.
     """
     require_new_file(output, ".safetensors", overwrite=overwrite)
-    source = HandedOn.of(model, raw=raw)
+    source = Source.of(model, raw=raw)
     run = _require_adapters_of_one_stage(source, model)
     adapter = source.adapter(run)
     teacher = checked_teacher(run, adapter)
@@ -138,7 +138,7 @@ def export_lora(model: Path, output: Path, *, raw: bool = False, overwrite: bool
     return StudentKind.of(run.student)
 
 
-def _require_adapters_of_one_stage(source: HandedOn, model: Path) -> RunFolder:
+def _require_adapters_of_one_stage(source: Source, model: Path) -> RunFolder:
     run = source.run
     if run is None or not (run.path / ADAPTER_FILE).is_file():
         raise ModelError(

@@ -15,14 +15,14 @@ from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import merged
 from bkd.models.folder import model_digest
 from bkd.models.load import load_unet
-from bkd.models.locate import locate
-from bkd.runs.folder import RunFolder, finished_or_student
+from bkd.models.locate import locate, locate_teacher
+from bkd.runs.folder import STARTING_STUDENT, RunFolder, finished_or_student
 from bkd.runs.stage_setup import start_student
 from bkd.training.checkpoint import Checkpoints
 
 
 @dataclass(frozen=True)
-class HandedOn:
+class Source:
     """A student to hand on.
 
     Attributes:
@@ -36,7 +36,7 @@ class HandedOn:
     raw: Mapping[str, Tensor] | None
 
     @classmethod
-    def of(cls, path: Path, *, raw: bool = False) -> HandedOn:
+    def of(cls, path: Path, *, raw: bool = False) -> Source:
         """What a run or a student's folder holds.
 
         Args:
@@ -83,10 +83,7 @@ def checked_teacher(run: RunFolder, adapter: Adapter) -> Path:
         ModelError: If it is not what it was.
     """
     recipe = run.recipe()
-    if len(recipe.stages) > 1:
-        teacher = run.students(recipe)[-2]
-    else:
-        teacher = locate(recipe.teacher.id, revision=recipe.teacher.revision, config=recipe.teacher.config)
+    teacher = run.students(recipe)[-2] if len(recipe.stages) > 1 else locate_teacher(recipe.teacher)
     if (digest := model_digest(teacher)) != adapter.teacher_digest:
         raise ModelError(
             "these adapters were trained on another teacher",
@@ -99,7 +96,7 @@ def checked_teacher(run: RunFolder, adapter: Adapter) -> Path:
 
 
 def _require_same_start(run: RunFolder, path: str) -> None:
-    if (digest := model_digest(locate(path))) != (known := run.facts().get("starting_student_digest")):
+    if (digest := model_digest(locate(path))) != (known := run.facts().get(STARTING_STUDENT)):
         raise ModelError(
             "the model that these adapters lie over has changed",
             where=path,

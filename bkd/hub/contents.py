@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER, SHOWN
 from bkd.card.privacy import public_plan
+from bkd.errors import HubError
 from bkd.files import file_digest
-from bkd.models.folder import parts_of, read_json
+from bkd.models.folder import ORIGINS, parts_of, read_json
 from bkd.surgery.plan import PLAN_FILE
 
 PART_FILES = (
@@ -28,8 +29,6 @@ PART_FILES = (
     "*.model",
 )
 """Configurations, vocabularies and safe weights of a part; pickled ones are never uploaded."""
-ORIGINS = ("_name_or_path", "name_or_path")
-"""Keys of configurations that hold the folder they were loaded from."""
 LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -71,6 +70,9 @@ def repo_files(student: Path, home: Path, repo: str) -> list[RepoFile]:
         student: A whole pipeline folder.
         home: Of its card: a run's folder, or the same.
         repo: `namespace/name`, which the card's example names.
+
+    Raises:
+        BkdError: If the card, or a configuration, cannot be read.
     """
     found = {path.relative_to(student): path for path in _model(student)}
     found |= {path.relative_to(home): path for path in _card(home)}
@@ -107,9 +109,17 @@ def _card(home: Path) -> Iterator[Path]:
 def _as_public(path: Path, repo: str) -> Path | bytes:
     """The file, or what of it others may read."""
     if path.name == CARD_FILE:
-        return path.read_text(encoding="utf-8").replace(REPO_PLACEHOLDER, repo).encode()
+        return _text_of(path).replace(REPO_PLACEHOLDER, repo).encode()
     if path.suffix != ".json" or path.parent.name == CARD_FOLDER:
         return path
     facts = read_json(path)
     public = public_plan(facts) if path.name == PLAN_FILE else {k: v for k, v in facts.items() if k not in ORIGINS}
     return path if public == facts else (json.dumps(public, indent=2) + "\n").encode()
+
+
+def _text_of(card: Path) -> str:
+    """Line ends as they are: what did not change must not go up again."""
+    try:
+        return card.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise HubError("this model card is not UTF-8", where=card, got=error, remedy="save it as UTF-8") from None

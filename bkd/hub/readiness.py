@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bkd.card.files import CARD_FILE, DIGEST_KEY
 from bkd.card.head import read_head
+from bkd.diffusion.guidance import StudentKind
 from bkd.errors import HubError
 from bkd.models.folder import check_pipeline_folder, model_digest
 from bkd.models.locate import locate
@@ -20,7 +21,7 @@ def student_and_home(path: Path) -> tuple[Path, Path]:
         BkdError: If the run is not finished, a process works on it, or the folder is no whole pipeline.
     """
     if not path.is_dir():
-        raise HubError("no such folder", where=path, allowed="a run, or a pipeline folder")
+        raise HubError("no such folder", where=path, allowed="a run, or a pipeline folder", remedy="check its name")
     if (run := run_of_student(path)) is not None:
         require_finished(run)  # its student may change, also where that is what was named
     student = locate(path) if RunFolder(path).facts_file.is_file() else path
@@ -51,7 +52,7 @@ def shortcomings(student: Path, home: Path) -> list[HubError]:
         found.append(
             lacking("the card names no licence", f"{command} --license ID --overwrite", "license: at its head")
         )
-    if not known.get("model-index"):
+    if not known.get("model-index") and not StudentKind.of(student).encodes:
         measure = f"{eval_command(RunFolder(home)) if is_run else ''}, then {command} --overwrite"
         found.append(lacking("the card holds no figures", measure, "model-index: at its head"))
     if known.get(DIGEST_KEY) not in (None, model_digest(student)):

@@ -75,7 +75,12 @@ def explained(error: BaseException, *, repo: str, doing: str, token: str) -> Hub
             remedy=f"a token with the role 'write': {LOGIN}",
         )
     if status == 404:
-        return HubError("the Hub has no such repository or revision, or this token may not see it", where=repo, got=got)
+        return HubError(
+            "the Hub has no such repository or revision, or this token may not see it",
+            where=repo,
+            got=got,
+            remedy="check --repo and --revision, and on the Hub what the token gives access to",
+        )
     if status in (CONFLICT, OUTDATED):
         return changed_meanwhile(repo, got)
     if status == 429:

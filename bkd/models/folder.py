@@ -153,6 +153,10 @@ def is_inpainting(config: Mapping[str, Any]) -> bool:
     return bool(config.get("in_channels", 4) != config.get("out_channels", 4))
 
 
+ORIGINS = ("_name_or_path", "name_or_path")
+"""Keys of configurations that hold the folder they were loaded from, which is nobody else's business."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object.
 
@@ -204,13 +208,31 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
 
 
 def native_resolution(folder: Path) -> int:
-    """Image side, in pixels, that the model was trained for."""
+    """Image side, in pixels, that the model was trained for.
+
+    Raises:
+        ModelError: As for `vae_factor`.
+    """
     return int(unet_config(folder)["sample_size"]) * vae_factor(folder)
 
 
 def vae_factor(folder: Path) -> int:
-    """Pixels for each latent, along a side."""
-    return int(2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1))
+    """Pixels for each latent, along a side.
+
+    Raises:
+        ModelError: If the autoencoder is of another kind, or its configuration cannot be read.
+    """
+    path = folder / "vae" / "config.json"
+    config = read_json(path)
+    if "block_out_channels" not in config:
+        raise ModelError(
+            "this autoencoder is of another kind than Stable Diffusion's",
+            where=path,
+            got=config.get("_class_name"),
+            allowed="AutoencoderKL",
+            remedy="the model with its original autoencoder; another one can be put into a pipeline that draws",
+        )
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def prompt_length(folder: Path) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from bkd.data.shapes import EMBEDDED
 from bkd.errors import ModelError
 from bkd.models.folder import check_pipeline_folder, read_json
+from bkd.recipe.schema import Teacher
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -42,6 +43,11 @@ def refuse_unknown(name: str | Path) -> None:
         _require_safe_file(Path(name).expanduser())
     elif not HUB_ID.fullmatch(str(name)):
         raise ModelError(f"no model '{name}'", allowed=FORMS)
+
+
+def locate_teacher(teacher: Teacher, *, weights: bool = True) -> Path:
+    """The pipeline folder that a recipe's teacher means; see `locate`."""
+    return locate(teacher.id, revision=teacher.revision, config=teacher.config, weights=weights)
 
 
 def locate(

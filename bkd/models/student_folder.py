@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from bkd.diffusion.guidance import StudentKind
 from bkd.diffusion.schedulers import student_scheduler
 from bkd.errors import OutputError
-from bkd.models.folder import parts_of, read_json, weight_files
+from bkd.models.folder import ORIGINS, parts_of, read_json, weight_files
 from bkd.models.proof import check_reload, probe_output
 from bkd.surgery.plan import PLAN_FILE, RemovalPlan
 
@@ -29,7 +29,7 @@ def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts:
     It takes its name when the block ends well, and vanishes when it does not.
 
     Args:
-        folder: Must be free; see `require_free`. Replaced as a whole.
+        folder: Must be free; see `bkd.output_folder.require_free`. Replaced as a whole.
         teacher: Pipeline folder to take the other parts from.
         plan: How the student comes from its teacher.
         facts: More to write into the plan file, such as the teacher's digest.
@@ -72,16 +72,16 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
         raise
     for file in filter(Path.is_file, unfinished.rglob("*")):
         file.chmod(0o644)  # safetensors writes files that nobody else can read
-    for settings in (*unfinished.glob("*.json"), *unfinished.glob("*/config.json")):
+    for settings in (*unfinished.glob("*.json"), *unfinished.glob("*/*config.json")):
         _forget_origin(settings)
     replace_folder(unfinished, folder)
 
 
 def _forget_origin(settings: Path) -> None:
-    """Take out of a configuration the folder that it was loaded from, which is nobody else's business."""
     known = read_json(settings)
-    if known.pop("_name_or_path", None) is not None:
-        settings.write_text(json.dumps(known, indent=2) + "\n")
+    told = {key: value for key, value in known.items() if key not in ORIGINS}
+    if told != known:
+        settings.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def plan_facts(folder: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from bkd.diffusion.guidance import StudentKind, nearest_scale, passes_a_step
 from bkd.errors import BkdError
 from bkd.eval.shown import NONE, TIMES
 from bkd.models.folder import prompt_length, unet_config
-from bkd.models.locate import locate
+from bkd.models.locate import locate_teacher
 from bkd.recipe.schema import Recipe
 from bkd.runs.folder import RunFolder
 from bkd.surgery.anatomy import read_anatomy
@@ -90,10 +90,8 @@ class Architecture:
 def architecture(run: RunFolder) -> Architecture:
     """What is known without weights; a teacher that is not on this disk is asked for, its configuration alone."""
     recipe = run.recipe()
-    own = recipe.teacher
     try:
-        teacher = locate(own.id, revision=own.revision, config=own.config, weights=False)
-        return _compared(run, recipe, teacher)
+        return _compared(run, recipe, locate_teacher(recipe.teacher, weights=False))
     except BkdError as error:
         student = newest_student(run, recipe)
         model = _model(student, recipe) if student else None
@@ -142,7 +140,7 @@ def _planned(config: dict[str, object], recipe: Recipe) -> RemovalPlan:
 def _drawn(folder: Path, recipe: Recipe) -> tuple[int | None, int]:
     """Steps and passes of each; none for a model that encodes."""
     kind, asked = StudentKind.of(folder), recipe.samples
-    if kind.few_steps is not None and kind.few_steps.direction == "inversion":
+    if kind.encodes:
         return None, 1
     scale = kind.pipeline_scale(nearest_scale(folder, asked.guidance_scale), folder)
     return kind.steps(asked.num_inference_steps), passes_a_step(unet_config(folder), scale)

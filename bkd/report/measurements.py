@@ -20,7 +20,7 @@ from bkd.eval.tables import Table, attributes_table, prompts_table, shapes_table
 from bkd.report.reports import Report, read_report
 from bkd.report.rows import Row, RowChart, row_chart
 from bkd.runs.folder import RunFolder
-from bkd.runs.measuring import eval_command
+from bkd.runs.measuring import again, eval_command
 
 SHAPES_NOTE = (
     "95 % Wilson intervals; p: exact McNemar test against the first model; shapes-FID: distance from renders by the "
@@ -67,7 +67,7 @@ def read_evaluation(run: RunFolder, path: Path) -> Report:
     Raises:
         OutputError: If another version, or something else, wrote it.
     """
-    remedy = f"{eval_command(run, path.stem)} --overwrite"
+    remedy = again(eval_command(run, path.stem))
     return read_report(path, _require_complete, otherwise="this measurement is of another version", remedy=remedy)
 
 

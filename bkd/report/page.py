@@ -37,7 +37,9 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     if output.is_dir():
         output = output / "report.html"
     if output.suffix.lower() not in SUFFIXES:
-        raise OutputError("the page is an .html file", where=output, remedy="choose another -o")
+        raise OutputError(
+            "the page is an .html file", where=output, got=output.suffix, allowed=".html", remedy="choose another -o"
+        )
     require_writable(output.parent)
     write_atomically(output, render(runs))
     return output

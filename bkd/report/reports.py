@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bkd.errors import OutputError
+from bkd.errors import ModelError, OutputError
 from bkd.models.folder import read_json
 
 Report = Mapping[str, Any]
 """As `bkd eval` or `bkd bench speed` wrote it."""
 
 
-def read_report(path: Path, view: Callable[[Report], object], *, otherwise: str, remedy: str) -> Report:
+def read_report(path: Path, view: Callable[[Report], object], *, otherwise: str, remedy: str | None) -> Report:
     """Read one.
 
     Args:
@@ -25,10 +25,10 @@ def read_report(path: Path, view: Callable[[Report], object], *, otherwise: str,
     Raises:
         OutputError: If another version, or something else, wrote it.
     """
-    found = read_json(path)
     try:
+        found = read_json(path)
         view(found)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (ModelError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise OutputError(otherwise, where=path, got=f"{type(error).__name__}: {error}", remedy=remedy) from None
     return found
 

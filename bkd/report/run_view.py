@@ -136,8 +136,6 @@ def read_files(path: Path, label: str, frames: int) -> Files:
     if not run.facts_file.is_file():
         raise OutputError("not a run folder", where=path, got="no run.json", remedy="name a folder that bkd train made")
     facts = run.facts()
-    if not isinstance(facts, dict):
-        raise OutputError("run.json cannot be read", where=path, got=type(facts).__name__, remedy="restore it")
     stages = _stages(run, facts)
     titles = [stage.title for stage in stages]
     pictures = {

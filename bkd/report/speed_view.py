@@ -10,7 +10,7 @@ from bkd.eval.shown import TIMES, device_and_versions, short, speed_conditions
 from bkd.report.reports import Report, read_report
 from bkd.report.rows import Row, RowChart, row_chart
 from bkd.runs.folder import RunFolder
-from bkd.runs.measuring import speed_command
+from bkd.runs.measuring import again, speed_command
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def read_speed(run: RunFolder) -> Report | None:
     """
     if not run.speed_file.is_file():
         return None
-    remedy = f"{speed_command(run)} --overwrite"
+    remedy = again(speed_command(run))
     return read_report(run.speed_file, view_speed, otherwise="this is no measurement of speed", remedy=remedy)
 
 

@@ -34,6 +34,11 @@ def speed_command(run: RunFolder) -> str | None:
     return f"bkd bench speed {quoted(run.path)} -o {quoted(run.speed_file.parent)}" if draws(run) else None
 
 
+def again(command: str | None) -> str | None:
+    """The same where a measurement is there already."""
+    return None if command is None else f"{command} --overwrite"
+
+
 def draws(run: RunFolder) -> bool:
     """Whether the run's student draws, rather than encodes; it may not be there yet."""
     last = run.recipe().stages[-1].method

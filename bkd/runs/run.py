@@ -23,7 +23,7 @@ from bkd.lora.adapters import add_adapters, trained_tensors
 from bkd.models.facts import model_facts
 from bkd.models.folder import is_inpainting, model_digest, native_resolution, unet_config, vae_factor
 from bkd.models.load import best_device, describe_device, load_noise_schedule, load_pipeline, release_memory
-from bkd.models.locate import hub_commit, is_folder, locate
+from bkd.models.locate import hub_commit, is_folder, locate_teacher
 from bkd.progress import Progress, silent
 from bkd.recipe.load import packaged_recipes
 from bkd.recipe.schema import Recipe
@@ -85,7 +85,7 @@ def _locate_teacher(recipe: Recipe) -> Path:
     """Its folder; of one that another recipe makes, errors say which."""
     wished = recipe.teacher
     try:
-        return locate(wished.id, revision=wished.revision, config=wished.config)
+        return locate_teacher(wished)
     except ModelError as error:
         maker = next((name for name in packaged_recipes() if f"{wished.id}/".startswith(f"runs/{name}/")), None)
         raise ModelError(

@@ -26,7 +26,7 @@ from bkd.progress import Progress, silent
 from bkd.recipe.load import result_keys
 from bkd.recipe.schema import Recipe
 from bkd.recipe.stages import Stage
-from bkd.runs.folder import RunFolder, seconds_key
+from bkd.runs.folder import STARTING_STUDENT, RunFolder, seconds_key
 from bkd.runs.stage_plan import PlannedStage
 from bkd.runs.stage_setup import build_method, start_student
 from bkd.training.checkpoint import Checkpoints
@@ -259,4 +259,4 @@ def require_same_start(run: RunFolder, stage: Stage, *, force: bool) -> None:
         OutputError: If it is another model than when the run began.
     """
     if stage.student.path is not None and run.writes:
-        run.require_same("starting_student_digest", model_digest(locate(stage.student.path)), force=force)
+        run.require_same(STARTING_STUDENT, model_digest(locate(stage.student.path)), force=force)
