@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import resource
-import sys
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from bkd.errors import EnvironmentProblem
 
@@ -43,18 +40,6 @@ class Place:
 def process_place() -> Place:
     """As `accelerate launch` and `torchrun` say; a process alone without them."""
     return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-
-
-def process_peak() -> int:
-    """Most resident bytes of this process so far.
-
-    Linux hands `ru_maxrss` on from the process that started this one; its own count is in /proc.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def shards_networks(wish: str) -> bool:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "bkd").rglob("*.py"))
 
 LAYERS = [
-    {"bkd", "errors", "environment", "files", "progress"},
+    {"bkd", "errors", "environment", "files", "progress", "fresh_process"},
     {
         "diffusion.terms",
         "diffusion.noise_schedule",

@@ -30,7 +30,8 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bkd.bench.train import NUM_SAMPLES, SimulatedSamples, Unsaved, peak_bytes
+from bkd.bench.train import NUM_SAMPLES, SimulatedSamples, Unsaved
+from bkd.eval.peak_memory import peak_bytes
 from bkd.eval.pictures import with_unet
 from bkd.models.facts import model_facts
 from bkd.models.load import best_device, load_pipeline, training_dtype

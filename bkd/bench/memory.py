@@ -7,7 +7,6 @@ configurations alone. Measured: two real steps, in a process that does nothing e
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bkd.bench.train import SimulatedSamples
-from bkd.environment import process_peak
 from bkd.errors import BkdError, RecipeError
+from bkd.fresh_process import measured_alone, process_peak
 from bkd.methods.base import Method, map_tensors
 from bkd.models.folder import native_resolution, parts_of, read_json, unet_config, vae_factor
 from bkd.models.load import autocast, best_device, describe_device, load_pipeline, training_dtype
@@ -246,14 +245,7 @@ def measure_memory(recipe: Recipe) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         given = Path(scratch) / "recipe.yaml"
         given.write_text(dump_recipe(recipe), encoding="utf-8")
-        command = [sys.executable, "-m", "bkd.bench.memory", str(given)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        return {"skipped": f"the process was ended by signal {-done.returncode}; out of memory?"}
-    if done.returncode:
-        return {"skipped": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+        return measured_alone("bkd.bench.memory", str(given))
 
 
 def _measure(recipe: Recipe) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bkd.data.latent_set import CachedBatch, Captions
 from bkd.data.order import Order
-from bkd.environment import process_peak
+from bkd.eval.peak_memory import peak_bytes
 from bkd.models.folder import native_resolution
 from bkd.models.load import describe_device, load_pipeline
 from bkd.progress import Progress, silent
@@ -147,10 +147,3 @@ def bench_train(
         images=train.batch,
         peak_bytes=peak_bytes(parallel.device),
     )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: by the allocator on CUDA, by this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return process_peak()

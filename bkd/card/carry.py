@@ -8,6 +8,7 @@ from pathlib import Path
 from bkd.card.files import CARD_FILE, CARD_FOLDER, DIGEST_KEY, is_written_card
 from bkd.files import write_atomically
 from bkd.models.folder import model_digest
+from bkd.runs.folder import RunFolder
 
 MEASURED = "\n## Measured\n"
 
@@ -25,10 +26,10 @@ def carry_card(run: Path, exported: Path, dtype: str) -> bool:
     Returns:
         Whether there was a card of the run's student.
     """
-    card = run / CARD_FILE
-    if not is_written_card(card) or not (run / "student").is_dir():
+    card, student = run / CARD_FILE, RunFolder(run).student
+    if not is_written_card(card) or not student.is_dir():
         return False
-    text, before = card.read_text(encoding="utf-8", errors="replace"), model_digest(run / "student")
+    text, before = card.read_text(encoding="utf-8", errors="replace"), model_digest(student)
     if f"{DIGEST_KEY}: {before}" not in text:
         return False
     text = text.replace(f"{DIGEST_KEY}: {before}", f"{DIGEST_KEY}: {model_digest(exported)}")

@@ -91,16 +91,17 @@ def _export_lora(model: Path, output: Path, dtype: str, *, raw: bool, overwrite:
 
     used = export_lora(model, output, raw=raw, overwrite=overwrite)
     console.print(f"done: pipe.load_lora_weights('{output}') on {RunFolder(model).recipe().teacher.id}")
-    _show_use(used, model / "student" / "scheduler")
+    _show_use(used, RunFolder(model).student / "scheduler")
 
 
 def _check_wish(output: Path, kind: str, dtype: str | None, weights: str) -> None:
+    from bkd.diffusion.terms import DTYPE_NAMES
     from bkd.errors import ModelError, one_of
 
     one_of(kind, ("pipeline", "single-file", "lora"), kind="format", error=ModelError)
     one_of(weights, ("ema", "raw"), kind="weights", error=ModelError)
     if dtype is not None:
-        one_of(dtype, ("float32", "bfloat16", "float16"), kind="dtype", error=ModelError)
+        one_of(dtype, DTYPE_NAMES, kind="dtype", error=ModelError)
     if kind == "lora" and dtype is not None:
         raise ModelError("a LoRA file is float32, as its adapters were trained", where="--dtype", remedy="leave it out")
     if kind == "pipeline" and output.suffix == ".safetensors":

@@ -10,5 +10,7 @@ Sampler = Literal["deterministic", "stochastic"]
 """Of few steps: DDIM, or two steps ahead and, with fresh noise, one back."""
 Direction = Literal["generation", "inversion"]
 """From noise to an image, or from an image to the noise that it would be drawn from."""
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+"""What weights are computed in or written as, by torch's names."""
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "euler", "unipc")
 """Samplers by the names that people know them by."""

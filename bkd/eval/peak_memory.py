@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bkd.environment import process_peak
+from bkd.fresh_process import measured_alone, process_peak
 
 
 def measure_peak(
@@ -39,14 +37,12 @@ def measure_peak(
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-    command = [sys.executable, "-m", "bkd.eval.peak_memory", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        return {"skipped": f"the process was ended by {signal.Signals(-done.returncode).name}; out of memory?"}
-    if done.returncode:
-        return {"skipped": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return measured_alone("bkd.eval.peak_memory", json.dumps(job))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use: by the allocator on CUDA, by this process on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
 
 
 def _measure(job: Mapping[str, Any]) -> dict[str, int]:
@@ -61,8 +57,7 @@ def _measure(job: Mapping[str, Any]) -> dict[str, int]:
     call = call_of(case, pipe, wish)
     for _ in range(2):
         call()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
-    return {"peak_bytes": peak, "before_bytes": before}
+    return {"peak_bytes": peak_bytes(device), "before_bytes": before}
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,12 +14,12 @@ from bkd.export.source import Source, checked_teacher
 from bkd.files import proved_file
 from bkd.lora.adapter_file import ADAPTER_FILE, Adapter
 from bkd.lora.adapters import scaled_tensors
-from bkd.models.folder import parts_of, read_json, unet_config, weight_files
+from bkd.models.folder import read_json, unet_config, weight_files
 from bkd.models.load import load_noise_schedule, load_unet
 from bkd.models.original_layout import original_tensors, require_expressible
 from bkd.models.proof import check_lora, check_original, check_reload, probe_output
 from bkd.models.single_file import pipeline_class
-from bkd.models.student_folder import unfinished_folder
+from bkd.models.student_folder import copy_other_parts, unfinished_folder
 from bkd.output_folder import check_output, require_new_file
 from bkd.runs.folder import RunFolder
 from bkd.surgery.build import build_student
@@ -51,13 +49,9 @@ def export_pipeline(
     source = Source.of(model, raw=raw)
     check_output(source.folder, output, overwrite=overwrite)
     with unfinished_folder(output) as folder:
-        for part in parts_of(source.folder):
-            if part != "unet":
-                shutil.copytree(source.folder / part, folder / part)
-                _cast(folder / part, dtype)
-        shutil.copyfile(source.folder / "model_index.json", folder / "model_index.json")
-        facts = read_json(source.folder / PLAN_FILE) | ({"weights": "raw"} if raw else {})
-        (folder / PLAN_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        plan = read_json(source.folder / PLAN_FILE) | ({"weights": "raw"} if raw else {})
+        for part in copy_other_parts(source.folder, folder, plan):
+            _cast(part, dtype)
         unet = source.unet(dtype)
         unet.save_pretrained(folder / "unet", safe_serialization=True)
         check_reload(folder, probe_output(unet))

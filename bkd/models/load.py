@@ -16,7 +16,7 @@ from bkd.diffusion.few_steps import few_steps
 from bkd.diffusion.noise_schedule import NoiseSchedule
 from bkd.diffusion.scheduler_kinds import require_ddpm_levels
 from bkd.diffusion.schedulers import drawing_scheduler
-from bkd.diffusion.terms import PredictionType
+from bkd.diffusion.terms import DTYPE_NAMES, PredictionType
 from bkd.errors import ModelError, one_of
 from bkd.models.folder import is_inpainting, is_sdxl, parts_of, scheduler_config, unet_config
 from bkd.models.unet_weights import check_unet_weights
@@ -100,7 +100,7 @@ def training_dtype(mixed_precision: str) -> torch.dtype:
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def dtype_named(name: str, device: torch.device | None = None) -> torch.dtype:

@@ -35,14 +35,23 @@ def new_student_folder(folder: Path, *, teacher: Path, plan: RemovalPlan, facts:
         facts: More to write into the plan file, such as the teacher's digest.
     """
     with unfinished_folder(folder) as unfinished:
-        for part in parts_of(teacher):
-            if part != "unet":
-                shutil.copytree(teacher / part, unfinished / part, ignore=_other_weights)
-                load_as_float32(unfinished / part)
-        shutil.copyfile(teacher / "model_index.json", unfinished / "model_index.json")
-        described = {**json.loads(plan.to_json()), **facts}
-        (unfinished / PLAN_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        for part in copy_other_parts(teacher, unfinished, {**json.loads(plan.to_json()), **facts}):
+            load_as_float32(part)
         yield unfinished
+
+
+def copy_other_parts(source: Path, folder: Path, plan: Mapping[str, Any]) -> list[Path]:
+    """Copy all of a pipeline but its UNet, and write the plan file.
+
+    Returns:
+        The copied parts.
+    """
+    names = [part for part in parts_of(source) if part != "unet"]
+    for part in names:
+        shutil.copytree(source / part, folder / part, ignore=_other_weights)
+    shutil.copyfile(source / "model_index.json", folder / "model_index.json")
+    (folder / PLAN_FILE).write_text(json.dumps(plan, indent=2) + "\n")
+    return [folder / part for part in names]
 
 
 @contextmanager
