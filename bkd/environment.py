@@ -22,6 +22,7 @@ PACKAGES = (
     "open_clip_torch",
     "torchmetrics",
 )
+TORCHVISION_REMEDY = "install both from one index in one command: pip install --force-reinstall torch torchvision"
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,6 @@ def torchvision_problem() -> str | None:
     if builds[0] != builds[1] and all(re.fullmatch(r"|cpu|cu\d+|rocm[\d.]+|xpu", label) for label in builds):
         return f"torch {torch} and torchvision {torchvision} come from different indexes (CPU and CUDA builds mixed)"
     return None
-
-
-TORCHVISION_REMEDY = "install both from one index in one command: pip install --force-reinstall torch torchvision"
 
 
 def require_working_environment() -> None:

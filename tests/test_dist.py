@@ -82,8 +82,10 @@ def test_the_wheel_works_without_the_clone(installed, tmp_path):
 def test_the_command_works_from_any_folder(installed, tmp_path):
     said = run(installed, tmp_path, "-m", "bkd", "--version")
     assert said.stdout == f"bkd {__version__}\n"
-    planned = run(installed, tmp_path, "-m", "bkd", "train", "shapes/sd-tiny", "--dry-run")
-    assert planned.returncode == 0 and "2,245,380" in planned.stdout, planned.stderr
+    pruned = run(installed, tmp_path, "-m", "bkd", "prune", "shapes", "--blocks", "sd-tiny", "--dry-run")
+    assert pruned.returncode == 0 and "2,245,380" in pruned.stdout, pruned.stderr
+    planned = run(installed, tmp_path, "-m", "bkd", "train", "shapes/sd-small", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
 
 
 @pytest.mark.parametrize(("typed", "offered"), [("bkd pu", "push"), ("bkd bench m", "memory")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bkd.errors import HubError
 from bkd.runs.folder import SUITES
 
 CARD_FILE = "README.md"
@@ -20,3 +21,15 @@ DIGEST_KEY = "bkd_student_sha256"
 def is_written_card(path: Path) -> bool:
     """Whether a card was written from a run, rather than by hand from the start."""
     return path.is_file() and f"{DIGEST_KEY}: " in path.read_text(encoding="utf-8", errors="replace")
+
+
+def read_card(path: Path) -> str:
+    """A card's text, line ends as they are: what did not change must not go up again.
+
+    Raises:
+        HubError: If it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise HubError("this model card is not UTF-8", where=path, got=error, remedy="save it as UTF-8") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bkd.card.files import read_card
 from bkd.errors import HubError
 
 
@@ -16,9 +17,10 @@ def read_head(card: Path) -> dict[str, Any]:
     """
     from huggingface_hub import metadata_load
 
+    read_card(card)  # so that other letters are not taken for wrong YAML
     try:
         found = metadata_load(card)
-    except Exception as error:  # of YAML, of the client, of the text's encoding
+    except Exception as error:  # of YAML, of the client
         raise HubError(
             "the head of this model card cannot be read",
             where=card,

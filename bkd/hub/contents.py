@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER, SHOWN
+from bkd.card.files import CARD_FILE, CARD_FOLDER, REPO_PLACEHOLDER, SHOWN, read_card
 from bkd.card.privacy import public_plan
-from bkd.errors import HubError
 from bkd.files import file_digest
 from bkd.models.folder import ORIGINS, parts_of, read_json
 from bkd.surgery.plan import PLAN_FILE
@@ -109,17 +108,9 @@ def _card(home: Path) -> Iterator[Path]:
 def _as_public(path: Path, repo: str) -> Path | bytes:
     """The file, or what of it others may read."""
     if path.name == CARD_FILE:
-        return _text_of(path).replace(REPO_PLACEHOLDER, repo).encode()
+        return read_card(path).replace(REPO_PLACEHOLDER, repo).encode()
     if path.suffix != ".json" or path.parent.name == CARD_FOLDER:
         return path
     facts = read_json(path)
     public = public_plan(facts) if path.name == PLAN_FILE else {k: v for k, v in facts.items() if k not in ORIGINS}
     return path if public == facts else (json.dumps(public, indent=2) + "\n").encode()
-
-
-def _text_of(card: Path) -> str:
-    """Line ends as they are: what did not change must not go up again."""
-    try:
-        return card.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise HubError("this model card is not UTF-8", where=card, got=error, remedy="save it as UTF-8") from None

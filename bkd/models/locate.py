@@ -9,11 +9,14 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bkd.data.shapes import EMBEDDED
 from bkd.errors import ModelError
 from bkd.models.folder import check_pipeline_folder, read_json
-from bkd.recipe.schema import Teacher
+
+if TYPE_CHECKING:
+    from bkd.recipe.schema import Teacher
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
