@@ -275,8 +275,8 @@ def test_a_one_pass_student_teaches_nobody(bkd_refuses, told, fixed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "not a run"),
-        (["shapes"], "not a run"),
+        (["nowhere"], "neither a run nor a student"),
+        (["shapes"], "neither a run nor a student"),
         (["{fixed}", "--format", "onnx"], "unknown format 'onnx'"),
         (["{fixed}", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["{fixed}", "--format", "lora", "--dtype", "float16"], "a LoRA file is float32"),
