@@ -19,6 +19,7 @@ from bkd.models.load import load_pipeline
 from bkd.models.locate import locate
 from tests.remote_server import server  # noqa: F401 - a fixture
 from tests.report_runs import many_page  # noqa: F401 - a fixture
+from tests.warm_python import WarmPython
 from tools.architectures import SD1, SDXL
 
 SD2 = {**SD1, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
@@ -89,11 +90,17 @@ def bkd_refuses(bkd, tmp_path, monkeypatch):
     return refuses
 
 
-@pytest.fixture
-def without_reload(monkeypatch):
-    """For tests of other things: pruning and training without the second process, which takes ten seconds to start."""
-    for writer in ("pruning.prune", "models.student_folder"):
-        monkeypatch.setattr(f"bkd.{writer}.check_reload", lambda folder, expected: None)
+@pytest.fixture(scope="session", autouse=True)
+def warm_python():
+    """What is written is proven in forks of one process; tests/test_cli.py and tests/test_dist.py start whole ones."""
+    if not hasattr(os, "fork"):
+        yield
+        return
+    python = WarmPython()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bkd.models.proof.subprocess", python)
+        yield
+    python.close()
 
 
 @pytest.fixture(scope="session")

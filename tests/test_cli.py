@@ -109,7 +109,7 @@ def test_a_folder_that_another_process_works_on_is_left_alone(bkd, finished, sha
     assert (folder / "checkpoints").is_dir()
 
 
-def test_constant_schedules_may_grow_and_forced_runs_may_change(bkd, shards, tmp_path, without_reload):
+def test_constant_schedules_may_grow_and_forced_runs_may_change(bkd, shards, tmp_path):
     """The longer run is what it would have been at once; the forced one goes on with other settings."""
     settings = ["train.lr_schedule=constant", "samples.prompts=[]", "train.trackers=[]", "train.checkpoint_every=3"]
     runs = {}

@@ -170,7 +170,7 @@ def test_adapters_that_no_loss_reaches_are_kept_all_the_same(train):
     adapter.put_on(build_student(load_pipeline(locate("shapes")).unet, adapter.plan))
 
 
-def test_a_pruned_one_pass_student_still_knows_its_scale(bkd, fixed, tmp_path, without_reload):
+def test_a_pruned_one_pass_student_still_knows_its_scale(bkd, fixed, tmp_path):
     code, printed = bkd("prune", fixed, "--blocks", "sd-tiny", "-o", tmp_path / "smaller")
     assert code == 0, printed
     assert one_pass_guidance(tmp_path / "smaller") == one_pass_guidance(fixed / "student")

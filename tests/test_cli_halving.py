@@ -175,7 +175,7 @@ def test_a_finished_stage_keeps_its_student_and_no_checkpoints(bkd, train, chain
     assert code == 1 and "seed is 0 there and 7 here" in printed  # and not a new run of students of other seeds
 
 
-def test_only_the_last_stage_may_grow(bkd, train, chain, without_reload):
+def test_only_the_last_stage_may_grow(bkd, train, chain):
     def asked(*overrides, run=chain):
         return bkd("train", RunFolder(run).recipe_file, *overrides, "-o", run)
 
@@ -361,9 +361,7 @@ def test_what_a_halved_student_does_not_do(bkd_refuses, chain):
     bkd_refuses(later, "stages.1.student.path: a later stage goes on with the student of the stage before it")
 
 
-def test_what_is_handed_on_says_how_many_steps_it_takes(bkd, train, chain, monkeypatch, tmp_path):
-    for name in ("check_reload", "check_lora"):
-        monkeypatch.setattr(f"bkd.export.forms.{name}", lambda *args: None)
+def test_what_is_handed_on_says_how_many_steps_it_takes(bkd, train, chain, tmp_path):
     code, printed = bkd("export", chain, "-o", tmp_path / "folder")
     assert code == 0 and "it was halved to 4 steps: call the pipeline with num_inference_steps=4" in printed
     assert "it is told the guidance scale: call the pipeline with guidance_scale=1 to 8" in printed
@@ -382,6 +380,6 @@ def test_what_is_handed_on_says_how_many_steps_it_takes(bkd, train, chain, monke
     assert code == 1 and "adapters of stage 2, over the student of stage 1" in printed
 
 
-def test_a_pruned_student_still_knows_its_steps(bkd, stochastic, without_reload, tmp_path):
+def test_a_pruned_student_still_knows_its_steps(bkd, stochastic, tmp_path):
     assert bkd("prune", stochastic / "student", "--blocks", "sd-tiny", "-o", tmp_path / "tiny")[0] == 0
     assert few_steps(tmp_path / "tiny") == FewSteps(4, "stochastic")

@@ -80,7 +80,7 @@ def test_a_pruned_folder_says_what_it_is_and_can_be_pruned_again(bkd, tmp_path):
     assert code == 0 and "removed: mid" in printed
 
 
-def test_keep_scores_chooses_and_draws(bkd, tmp_path, shards, without_reload):
+def test_keep_scores_chooses_and_draws(bkd, tmp_path, shards):
     keep = ("--keep", "0.7", "--calibration", shards[0].parent, "--calibration-samples", 4)
     code, printed = bkd("prune", "shapes", *keep, "-o", tmp_path / "out")
     assert code == 0 and "predicted change" in printed and "measured" in printed
@@ -101,7 +101,7 @@ def test_keep_counts_macs_on_demand(bkd, shards):
     assert code == 1 and re.search(r"a budget of [\d,]+ MACs\n", printed)
 
 
-def test_remap_lists_what_is_lost(bkd, tmp_path, without_reload):
+def test_remap_lists_what_is_lost(bkd, tmp_path):
     from safetensors.torch import load_file, save_file
 
     bkd("prune", "shapes", "--blocks", "mid,down.1.1", "-o", tmp_path / "student")

@@ -49,10 +49,8 @@ def student_of(config, blocks):
 
 
 def pruned(folder, blocks, output):
-    """A student's folder, without the reload in another process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bkd.pruning.prune.check_reload", lambda folder, expected: None)
-        prune(folder, folder.name, plan_pruning(folder, blocks), output)
+    """A student's folder."""
+    prune(folder, folder.name, plan_pruning(folder, blocks), output)
     return output
 
 
@@ -258,18 +256,11 @@ def adapted(train):
     return train("guided-lora")
 
 
-@pytest.fixture
-def without_proof(monkeypatch):
-    """For tests of what is written."""
-    for name in ("check_reload", "check_lora", "check_original"):
-        monkeypatch.setattr(f"bkd.export.forms.{name}", lambda *args: None)
-
-
 def last_step(run, name="trainable"):
     return load_file(run / "checkpoints" / "00" / "00000004" / f"{name}.safetensors")
 
 
-def test_raw_weights_are_those_of_the_last_checkpoint(averaged, tmp_path, without_proof):
+def test_raw_weights_are_those_of_the_last_checkpoint(averaged, tmp_path):
     for weights in ("ema", "raw"):
         export_pipeline(averaged, tmp_path / weights, torch.float32, raw=weights == "raw")
         export_single_file(averaged, tmp_path / f"{weights}.safetensors", torch.float32, raw=weights == "raw")
@@ -283,7 +274,7 @@ def test_raw_weights_are_those_of_the_last_checkpoint(averaged, tmp_path, withou
             assert torch.equal(file.get_tensor(f"{PREFIX}input_blocks.0.0.weight"), state["conv_in.weight"])
 
 
-def test_raw_adapters_are_handed_on_and_merged(adapted, tmp_path, without_proof):
+def test_raw_adapters_are_handed_on_and_merged(adapted, tmp_path):
     raw = Source.of(adapted, raw=True)
     assert all(torch.equal(raw.raw[name], tensor) for name, tensor in last_step(adapted).items())
     stored = load_unet(adapted / "student").state_dict()

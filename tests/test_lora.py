@@ -36,9 +36,7 @@ def output(unet):
 @pytest.fixture(scope="module")
 def tiny(teacher_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("remap") / "tiny"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bkd.pruning.prune.check_reload", lambda folder, expected: None)
-        prune(teacher_folder, "shapes", plan_pruning(teacher_folder, "sd-tiny"), folder)
+    prune(teacher_folder, "shapes", plan_pruning(teacher_folder, "sd-tiny"), folder)
     return folder
 
 
@@ -192,7 +190,7 @@ def original_names(config):
 
 
 @pytest.mark.parametrize("blocks", ["sd-small", "down.0.1", "bk-small,*.t3"])
-def test_files_with_block_numbers_of_the_original_layout(family_folders, tmp_path, blocks, without_reload):
+def test_files_with_block_numbers_of_the_original_layout(family_folders, tmp_path, blocks):
     """As trainers write them for SDXL: the numbers are the teacher's, whatever the student has left."""
     teacher = family_folders["sdxl"]
     plan = plan_removal(SMALL_SDXL, blocks)
@@ -238,7 +236,7 @@ def test_biases_of_up_projections_are_scaled_as_these_are(teacher_folder, tiny, 
         assert theirs.any() and torch.equal(after[f"unet.{module}.{tensor}"], 4 * theirs)
 
 
-def test_a_student_of_a_student_asks_whose_lora_it_is(adapted, teacher_folder, tmp_path, without_reload):
+def test_a_student_of_a_student_asks_whose_lora_it_is(adapted, teacher_folder, tmp_path):
     merged, files = adapted
     first, second = tmp_path / "first", tmp_path / "second"
     prune(teacher_folder, "shapes", plan_pruning(teacher_folder, "sd-small"), first)

@@ -92,7 +92,7 @@ def test_bad_input(bkd_refuses, arguments, message):
     bkd_refuses(["bench", "memory", *arguments, "--count"], message)
 
 
-def test_what_cannot_be_compared_with_is_left_out(bkd, counted, monkeypatch, without_reload, tmp_path):
+def test_what_cannot_be_compared_with_is_left_out(bkd, counted, monkeypatch, tmp_path):
     """A pruned teacher has no sd-small any more; its own recipe is measured all the same."""
     assert bkd("prune", "shapes", "--blocks", "sd-tiny", "-o", tmp_path / "tiny")[0] == 0
     monkeypatch.setattr("bkd.bench.memory.count_memory", lambda recipe, teacher: counted["LoRA"])

@@ -120,7 +120,7 @@ def test_an_output_that_cannot_be_made_is_refused(folder, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_overwriting_spares_runs_teachers_and_what_others_put_there(folder, tmp_path, without_reload):
+def test_overwriting_spares_runs_teachers_and_what_others_put_there(folder, tmp_path):
     prune(folder, "model", "mid", tmp_path / "out")
     with pytest.raises(OutputError, match=r"holds an earlier output(.|\n)*--overwrite"):
         prune(folder, "model", "mid", tmp_path / "out")
@@ -206,7 +206,7 @@ def test_an_autoencoder_of_another_kind_is_named(folder):
         native_resolution(folder)
 
 
-def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path, without_reload):
+def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path):
     pruning = prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "out")
     written = tmp_path / "out"
     locate(written)
@@ -220,7 +220,7 @@ def test_pruning_writes_a_whole_folder_with_its_plan(teacher_folder, tmp_path, w
     assert stored_dtype(written) == torch.float16
 
 
-def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher, tmp_path, without_reload):
+def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher, tmp_path):
     from bkd.surgery.build import build_student
     from bkd.surgery.unet import plan_removal
 
@@ -230,7 +230,7 @@ def test_pruning_and_training_start_from_identical_bytes(teacher_folder, teacher
     assert all(torch.equal(tensor, pruned[name]) for name, tensor in student.items())
 
 
-def test_other_variants_are_neither_read_nor_copied(folder, tmp_path, without_reload):
+def test_other_variants_are_neither_read_nor_copied(folder, tmp_path):
     unet, vae = folder / "unet", folder / "vae"
     digest = model_digest(folder)
     for part in (unet, vae):
@@ -332,7 +332,7 @@ def single_file(teacher_folder, tmp_path_factory):
     return path
 
 
-def test_a_single_file_is_the_pipeline_it_was_made_from(single_file, teacher_folder, cache, tmp_path, without_reload):
+def test_a_single_file_is_the_pipeline_it_was_made_from(single_file, teacher_folder, cache, tmp_path):
     folder = locate(single_file, config="shapes")
     assert cache in folder.parents and stored_dtype(folder) == torch.float16
     for name, loaded in load_pipeline(folder).components.items():
@@ -406,7 +406,7 @@ def test_a_folder_in_use_is_left_alone(teacher_folder, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_overwrite_replaces_students_and_nothing_else(folder, teacher_folder, tmp_path, without_reload):
+def test_overwrite_replaces_students_and_nothing_else(folder, teacher_folder, tmp_path):
     out = tmp_path / "out"
     prune(teacher_folder, "shapes", "sd-small", out)
     with pytest.raises(OutputError, match="or add --overwrite"):
@@ -441,7 +441,7 @@ def test_the_proof_notices_other_weights(teacher_folder, teacher):
         check_reload(teacher_folder, probe_output(unet))
 
 
-def test_the_proof_compares_every_tensor(teacher_folder, tmp_path, without_reload):
+def test_the_proof_compares_every_tensor(teacher_folder, tmp_path):
     pruning = prune(teacher_folder, "shapes", "sd-tiny", tmp_path / "out")
     (weights,) = (tmp_path / "out" / "unet").glob("*.safetensors")
     tensors = load_file(weights)

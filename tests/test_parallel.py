@@ -125,7 +125,7 @@ def test_a_sharded_run_leaves_what_any_run_leaves(shards, cache, tmp_path):
     assert student.num_parameters() == 2_245_380
 
 
-def test_a_run_of_several_stages_is_the_same_on_two_processes(bkd, shards, tmp_path, without_reload):
+def test_a_run_of_several_stages_is_the_same_on_two_processes(bkd, shards, tmp_path):
     """Every process takes up the student that the first one wrote, as the teacher of the next stage."""
     recipe = tmp_path / "chain.yaml"
     recipe.write_text("""

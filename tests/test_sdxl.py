@@ -49,9 +49,7 @@ def test_an_sdxl_student_is_distilled(bkd, family_folders, shards, tmp_path):
 
 
 @pytest.mark.parametrize("lora", ["null", "{r: 4}"])
-def test_an_sdxl_students_guidance_is_distilled(
-    bkd, family_folders, shards, tmp_path, monkeypatch, without_reload, lora
-):
+def test_an_sdxl_students_guidance_is_distilled(bkd, family_folders, shards, tmp_path, monkeypatch, lora):
     overrides = ["train.max_steps=2", "train.batch=4", f"stages.0.lora={lora}", "samples.num_inference_steps=2"]
     data = [f"teacher.id={family_folders['sdxl']}", f"data.shards={shards[1]}"]
     code, printed = bkd("train", "shapes/guided", *data, *overrides, "-o", tmp_path / "run")

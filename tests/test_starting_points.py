@@ -132,7 +132,7 @@ def test_weights_that_cannot_be_finite_are_refused(folder):
     check_stages(load_recipe("shapes/guided", ["stages.0.method.loss={weighting: none}"]), folder)
 
 
-def test_a_run_with_adapters_is_not_done_without_them(shards, cache, tmp_path, monkeypatch, without_reload):
+def test_a_run_with_adapters_is_not_done_without_them(shards, cache, tmp_path, monkeypatch):
     command = ["train", "shapes/sd-small-lora", f"data.shards={shards[0].parent}", "train.batch=4", "train.max_steps=1"]
     command += ["train.warmup_steps=0", "samples.prompts=[]", "-o", str(tmp_path / "run")]
     save = Adapter.save

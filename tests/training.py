@@ -85,9 +85,8 @@ def loss_of(method, data):
 
 
 def train_here(*arguments, code=0):
-    """`bkd train` in this process, without the reload in another; it must end with that exit code."""
+    """`bkd train` in this process; it must end with that exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bkd.models.student_folder.check_reload", lambda folder, expected: None)
         patch.setattr(sys, "argv", ["bkd", "train", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
