@@ -17,7 +17,7 @@ from bkd.models.folder import model_digest
 from bkd.models.load import load_unet
 from bkd.models.locate import locate, locate_teacher
 from bkd.runs.folder import STARTING_STUDENT, RunFolder, finished_or_student
-from bkd.runs.stage_setup import start_student
+from bkd.runs.stage_setup import start_student, with_trained
 from bkd.training.checkpoint import Checkpoints
 
 
@@ -55,10 +55,7 @@ class Source:
             return load_unet(self.folder, dtype)
         assert self.run is not None  # nothing else keeps raw weights
         adapted = self.run.recipe().stages[-1].lora is not None
-        unet = self._start(self.run) if adapted else load_unet(self.folder)
-        with torch.no_grad():
-            for name, tensor in self.raw.items():
-                unet.get_parameter(name).copy_(tensor)
+        unet = with_trained(self._start(self.run) if adapted else load_unet(self.folder), self.raw)
         return (merged(unet) if adapted else unet).to(dtype)
 
     def adapter(self, run: RunFolder) -> Adapter:

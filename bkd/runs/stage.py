@@ -28,7 +28,7 @@ from bkd.recipe.schema import Recipe
 from bkd.recipe.stages import Stage
 from bkd.runs.folder import STARTING_STUDENT, RunFolder, seconds_key
 from bkd.runs.stage_plan import PlannedStage
-from bkd.runs.stage_setup import build_method, start_student
+from bkd.runs.stage_setup import build_method, start_student, with_trained
 from bkd.training.checkpoint import Checkpoints
 from bkd.training.fit import Events, Fit
 from bkd.training.journal import StepReport
@@ -185,10 +185,7 @@ class StageRun:
     def _rebuilt(self, trained: Mapping[str, Tensor]) -> UNet2DConditionModel:
         """The student as it started, on the CPU, with what has trained since."""
         student = start_student(load_unet(self._teacher), self._plan, self._stage, self._planned.seed)
-        with torch.no_grad():
-            for name, tensor in trained.items():
-                student.get_parameter(name).copy_(tensor)
-        return student.eval()
+        return with_trained(student, trained).eval()
 
     def _draw(self, fit: Fit, step: int) -> None:
         """Teacher | student for each validation prompt, from the same noise."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
 
 from bkd.environment import shards_networks
 from bkd.lora.adapters import add_adapters
@@ -109,6 +111,19 @@ def start_student(
         student = build_student(teacher, plan, share_base=_shares_base(stage))
     if stage.lora is not None:
         add_adapters(student, stage.lora, seed=seed)
+    return student
+
+
+@torch.no_grad()
+def with_trained(student: UNet2DConditionModel, trained: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    """A network in which tensors are replaced by those that have trained since.
+
+    Args:
+        student: As `start_student` returned it; changed in place.
+        trained: By the name of the parameter.
+    """
+    for name, tensor in trained.items():
+        student.get_parameter(name).copy_(tensor)
     return student
 
 
