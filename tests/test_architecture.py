@@ -1,12 +1,17 @@
 """Rules of the house: imports go down only, rooms stay small, and nothing heavy loads before it is needed."""
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bkd.cli.app import app
+from bkd.cli.bench import bench
+from bkd.cli.data import data
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "bkd").rglob("*.py"))
@@ -74,6 +79,17 @@ def test_rooms_stay_small(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [*app.registered_commands, *data.registered_commands, *bench.registered_commands],
+    ids=lambda verb: verb.callback.__name__,
+)
+def test_verbs_only_hand_on(verb):
+    (function,) = ast.parse(inspect.getsource(verb.callback)).body
+    statements = [node for part in function.body[1:] for node in ast.walk(part) if isinstance(node, ast.stmt)]
+    assert sum(not isinstance(node, ast.Import | ast.ImportFrom) for node in statements) <= 12
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

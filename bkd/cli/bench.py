@@ -24,22 +24,14 @@ def train_(
     parsed = load_recipe(recipe, [*(overrides or ()), "data.shards=simulated"])
     prepare()
     from bkd.bench.train import bench_train
-    from bkd.cli.cost_view import estimated, gib, show_advice
-    from bkd.models.load import best_device
+    from bkd.cli.cost_view import estimated, show_advice, show_training_speed
     from bkd.runs.run import check_teacher
 
     teacher, stages = check_teacher(parsed)
     with progress_view() as view:
         view.phase(f"{2 * steps} steps of {stages[0].train.batch} images")
         speed = bench_train(parsed, teacher, stages[0], steps=steps, progress=view.update)
-    max_steps = stages[0].train.max_steps
-    hours = speed.seconds * max_steps / 3600
-    console.print(f"device: {speed.device}")
-    console.print(f"{speed.images_per_second:,.2f} images/s, {speed.seconds:,.3f} s a step")
-    whose = f"the {max_steps:,} steps of the first of {len(stages)} stages" if stages[1:] else f"{max_steps:,} steps"
-    console.print(f"{hours:,.2f} hours for {whose}; reading data, checkpoints and pictures are not in it")
-    whose = "on the device" if best_device().type == "cuda" else "of the process"
-    console.print(f"peak memory {whose}: {gib(speed.peak_bytes)} GiB")
+    show_training_speed(speed, stages)
     show_advice(recipe, stages[:1], [estimated(stages[0])])
 
 
@@ -66,7 +58,7 @@ def speed_(
     """Time models in turns: one UNet pass and the whole pipeline, with memory and sizes."""
     prepare(*models, teacher)
     from bkd.cli.speed_view import show_speed
-    from bkd.eval.candidates import name_candidates
+    from bkd.eval.candidates import whole_candidates
     from bkd.eval.speed import SpeedWish, bench_speed, require_possible
     from bkd.models.load import device_named
     from bkd.output_folder import require_free
@@ -86,9 +78,10 @@ def speed_(
     require_possible(wish, where)
     if output is not None:
         require_free(output, overwrite=overwrite, marker="speed.json")
-    named = [model for model in name_candidates(models, teacher) if model.pruned_like is None]
     with progress_view() as view:
-        report = bench_speed(named, wish, where, memory=memory, phase=view.phase, progress=view.update)
+        report = bench_speed(
+            whole_candidates(models, teacher), wish, where, memory=memory, phase=view.phase, progress=view.update
+        )
     show_speed(report)
     if output is not None:
         write_speed_report(report, output)

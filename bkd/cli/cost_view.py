@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bkd.cli.console import console, table
 
 if TYPE_CHECKING:
+    from bkd.bench.train import TrainingSpeed
     from bkd.recipe.schema import Recipe, Train
     from bkd.runs.run import Inputs
     from bkd.runs.stage_plan import PlannedStage
@@ -118,6 +119,25 @@ def estimated(planned: PlannedStage) -> TrainingMemory:
 
     world = process_place().world_size
     return training_memory(planned.teacher.unet, planned.plan, planned.train, planned.stage, world)
+
+
+def show_training_speed(speed: TrainingSpeed, stages: Sequence[PlannedStage]) -> None:
+    """Images a second, hours and memory.
+
+    Args:
+        speed: Of the first stage.
+        stages: All of the recipe.
+    """
+    from bkd.models.load import best_device
+
+    max_steps = stages[0].train.max_steps
+    hours = speed.seconds * max_steps / 3600
+    console.print(f"device: {speed.device}")
+    console.print(f"{speed.images_per_second:,.2f} images/s, {speed.seconds:,.3f} s a step")
+    whose = f"the {max_steps:,} steps of the first of {len(stages)} stages" if stages[1:] else f"{max_steps:,} steps"
+    console.print(f"{hours:,.2f} hours for {whose}; reading data, checkpoints and pictures are not in it")
+    whose = "on the device" if best_device().type == "cuda" else "of the process"
+    console.print(f"peak memory {whose}: {gib(speed.peak_bytes)} GiB")
 
 
 def gib(size: int) -> str:

@@ -192,11 +192,16 @@ def cache(
 
     require_ours(output)
     wish, place, folder = _wish(recipe, caption, where), process_place(), locate(teacher)
-    side = resolution or native_resolution(folder)
     with progress_view("samples/s", quiet=place.rank > 0, continues=True) as view:
         view.phase("indexing")
         caching = plan_caching(
-            shards, folder, wish, resolution=side, mirrored=mirrored, folder=output, progress=view.update
+            shards,
+            folder,
+            wish,
+            resolution=resolution or native_resolution(folder),
+            mirrored=mirrored,
+            folder=output,
+            progress=view.update,
         )
 
         def load() -> StableDiffusionPipeline:

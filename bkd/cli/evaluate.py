@@ -41,8 +41,9 @@ def sample(
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     require_prompts(texts, remedy="add --prompt TEXT, or --prompts FILE with one prompt a line")
     require_free(output, overwrite=overwrite, marker="prompts.txt")
-    steps, guidance = drawing_settings(model, num_inference_steps, guidance_scale, alone=True)
-    drawing = Drawing(steps, guidance, seed, scheduler=scheduler)
+    drawing = Drawing(
+        *drawing_settings(model, num_inference_steps, guidance_scale, alone=True), seed, scheduler=scheduler
+    )
     require_drawable(model, drawing)
     console.print("loading …")
     prepare()

@@ -126,11 +126,18 @@ def prune(
     show_pruning(pruning)
     if dry_run or output is None:
         console.print("nothing written (dry run)")
-        return
-    more = partial(_write_importance, folder, selection)
-    console.print("writing, comparing and reloading …")
-    written = write_pruned(folder, teacher, pruning, output, revision=revision, overwrite=overwrite, write_more=more)
-    show_written(teacher, written, output)
+    else:
+        console.print("writing, comparing and reloading …")
+        written = write_pruned(
+            folder,
+            teacher,
+            pruning,
+            output,
+            revision=revision,
+            overwrite=overwrite,
+            write_more=partial(_write_importance, folder, selection),
+        )
+        show_written(teacher, written, output)
 
 
 def _check_options(

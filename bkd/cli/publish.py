@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -11,6 +12,7 @@ import typer
 from bkd.cli.console import console, counted
 
 if TYPE_CHECKING:
+    from bkd.errors import BkdError
     from bkd.hub.contents import RepoFile
     from bkd.hub.push import Pushed
 
@@ -75,9 +77,7 @@ def push(
     if lacking and not (force or dry_run):
         raise lacking[0]
     files = repo_files(student, home, repo)
-    _show_files(files, left_behind(student, files))
-    for shortcoming in lacking:
-        console.print(f"note: {shortcoming}")
+    _show_files(files, left_behind(student, files), lacking)
     if upload is None:
         console.print(f"nothing was sent; without --dry-run it goes to {repo}")
     else:
@@ -93,8 +93,8 @@ def _show_pushed(pushed: Pushed) -> None:
     console.print(f"done: {pushed.url}")
 
 
-def _show_files(files: list[RepoFile], left: list[str]) -> None:
-    """What goes up, the largest first, and what does not."""
+def _show_files(files: list[RepoFile], left: list[str], lacking: Sequence[BkdError]) -> None:
+    """What goes up, the largest first, what does not, and what a reader would miss."""
     for file in sorted(files, key=lambda file: -file.size)[:NAMED]:
         console.print(f"  {file.size / 2**20:10,.2f} MiB  {file.name}")
     if len(files) > NAMED:
@@ -102,3 +102,5 @@ def _show_files(files: list[RepoFile], left: list[str]) -> None:
     console.print(f"{counted(len(files), 'file')}, {sum(file.size for file in files) / 2**20:,.1f} MiB")
     if left:
         console.print(f"stays here: {', '.join(left[:NAMED])}" + (" …" if len(left) > NAMED else ""))
+    for shortcoming in lacking:
+        console.print(f"note: {shortcoming}")

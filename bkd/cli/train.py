@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -15,6 +16,8 @@ from bkd.environment import process_place
 
 if TYPE_CHECKING:
     from bkd.recipe.schema import Recipe
+    from bkd.runs.folder import RunFolder
+    from bkd.runs.run import Inputs
     from bkd.training.stop import StopSignal
 
 STOPPED = 75
@@ -95,27 +98,37 @@ def _train_in(
     folder: Path, name: str, recipe: Recipe, overwrite: bool, force: bool, view: ProgressView, stop: StopSignal
 ) -> Path:
     from bkd.cli.cost_view import estimated, show_advice
-    from bkd.data.remote import shown
     from bkd.runs.folder import RunFolder
-    from bkd.runs.lock import hold_run
-    from bkd.runs.opening import open_run
-    from bkd.runs.run import check_forced, check_inputs, run_recipe
+    from bkd.runs.run import check_inputs, run_recipe
     from bkd.runs.stage import Listener
     from bkd.training.tracking import log_in
 
-    if process_place().rank == 0:
+    main = process_place().rank == 0
+    if main:
         log_in(recipe.train.trackers)
     view.phase(f"checking {recipe.origin} and shards")
     inputs = check_inputs(recipe, view.update)
     listener = Listener(phase=view.phase, progress=view.update, step=view.step, resumed=view.resumed)
-    run = RunFolder(folder, writes=False)
-    with ExitStack() as held:
-        if process_place().rank == 0:
-            show_advice(name, inputs.stages, [estimated(planned) for planned in inputs.stages])
-            if force and not overwrite:
-                check_forced(folder, inputs)
-            run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)
-            held.enter_context(hold_run(folder))
-            run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))
+    if main:
+        show_advice(name, inputs.stages, [estimated(planned) for planned in inputs.stages])
+    with (
+        _held(folder, recipe, inputs, overwrite, force) if main else nullcontext(RunFolder(folder, writes=False)) as run
+    ):
         run_recipe(recipe, run, inputs, listener, stop, force=force)
     return run.student
+
+
+@contextmanager
+def _held(folder: Path, recipe: Recipe, inputs: Inputs, overwrite: bool, force: bool) -> Iterator[RunFolder]:
+    """The run's folder, opened for this process and closed to others."""
+    from bkd.data.remote import shown
+    from bkd.runs.lock import hold_run
+    from bkd.runs.opening import open_run
+    from bkd.runs.run import check_forced
+
+    if force and not overwrite:
+        check_forced(folder, inputs)
+    run, _ = open_run(folder, recipe, overwrite=overwrite, force=force)
+    with hold_run(folder):
+        run.record(command=shlex.join(["bkd", *map(shown, sys.argv[1:])]))
+        yield run

@@ -102,6 +102,15 @@ def name_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
     return found
 
 
+def whole_candidates(models: Sequence[str], teacher: str | None) -> list[Named]:
+    """Those of `name_candidates` that have a folder: no students as they were right after pruning.
+
+    Raises:
+        ModelError: As there.
+    """
+    return [named for named in name_candidates(models, teacher) if named.pruned_like is None]
+
+
 def _untrained(name: str, run: RunFolder, teacher: Path) -> list[Named]:
     """What a run started from, where that is not its teacher itself."""
     recipe = run.recipe()
