@@ -11,37 +11,27 @@ from pathlib import Path
 from typing import Any
 
 SERVER = """
-import json, os, sys, traceback
+import json, os, sys
 
 import diffusers
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-def run(job):
-    for stream, mode, number in (("stdin", "r", 0), ("stdout", "w", 1), ("stderr", "w", 2)):
-        os.dup2(os.open(job[stream], os.O_RDONLY if mode == "r" else os.O_WRONLY | os.O_CREAT), number)
-        setattr(sys, stream, open(number, mode, closefd=False))
-    os.chdir(job["cwd"])
-    sys.argv = ["-c", *job["arguments"]]
-    code = 0
-    try:
-        exec(compile(job["script"], "<string>", "exec"), {"__name__": "__main__"})
-    except SystemExit as stop:
-        if stop.code and not isinstance(stop.code, int):
-            print(stop.code, file=sys.stderr)
-        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
 jobs, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
 for line in jobs:
-    child = os.fork() or run(json.loads(line))
+    if not (child := os.fork()):
+        break
     _, status = os.waitpid(child, 0)
     print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+else:
+    sys.exit()
+
+job = json.loads(line)
+for number, stream in enumerate(("stdin", "stdout", "stderr")):
+    os.dup2(os.open(job[stream], os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
+os.chdir(job["cwd"])
+sys.argv = ["-c", *job["arguments"]]
+exec(job["script"], {"__name__": "__main__"})
 """
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
-from bkd.cli.console import console, counted, prepare, progress_view
+from bkd.cli.console import ProgressView, console, counted, prepare, progress_view
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+    from bkd.data.caching import Caching
     from bkd.data.filtering import Predictor
     from bkd.data.survey import DataWish
 
@@ -182,35 +184,33 @@ def cache(
     """
     prepare(teacher)
     from bkd.cli.data_view import show_latents
-    from bkd.data.caching import counted_images, ensure_latents, plan_caching
+    from bkd.data.caching import ensure_latents, plan_caching
     from bkd.data.check import check_latents
     from bkd.data.output_set import require_ours
     from bkd.environment import process_place
     from bkd.models.folder import native_resolution
-    from bkd.models.load import best_device, load_pipeline
     from bkd.models.locate import locate
 
     require_ours(output)
     wish, place, folder = _wish(recipe, caption, where), process_place(), locate(teacher)
+    side = resolution or native_resolution(folder)
     with progress_view("samples/s", quiet=place.rank > 0, continues=True) as view:
         view.phase("indexing")
         caching = plan_caching(
-            shards,
-            folder,
-            wish,
-            resolution=resolution or native_resolution(folder),
-            mirrored=mirrored,
-            folder=output,
-            progress=view.update,
+            shards, folder, wish, resolution=side, mirrored=mirrored, folder=output, progress=view.update
         )
-
-        def load() -> StableDiffusionPipeline:
-            view.phase(f"encoding {counted_images(caching.num_samples)}")
-            return load_pipeline(folder, device=best_device(), without=("unet", "text_encoder", "text_encoder_2"))
-
+        load = partial(_load_encoders, folder, view, caching)
         ensure_latents(caching, load, place=place, overwrite=overwrite, progress=view.update)
     if place.world_size == 1 and (latents := check_latents(str(output), wish)) is not None:
         show_latents(latents, as_json=False)
+
+
+def _load_encoders(folder: Path, view: ProgressView, caching: Caching) -> StableDiffusionPipeline:
+    from bkd.data.caching import counted_images
+    from bkd.models.load import best_device, load_pipeline
+
+    view.phase(f"encoding {counted_images(caching.num_samples)}")
+    return load_pipeline(folder, device=best_device(), without=("unet", "text_encoder", "text_encoder_2"))
 
 
 @data.command()
